@@ -1,0 +1,316 @@
+//! The encoder that Q4_K and Q5_K share: eight sub-blocks of 32, each
+//! w ≈ d·scale·q − dmin·min with 6-bit scale and min.
+//!
+//! 1. For each sub-block alone, find (s, m ≥ 0) that minimise Σ ω (w − s·q + m)²:
+//!    for 21 grids around the value range, round, then solve the weighted
+//!    least squares for (s, m). The error comes from the same sums, so a
+//!    candidate costs one pass.
+//! 2. Fix d and dmin so that the largest scale and min use 63.
+//! 3. For each sub-block try the integer scale and min around the rounded
+//!    ones, with the real f16 d and dmin, and keep the best.
+//! 4. Re-fit d and dmin to the integers found (2 × 2 least squares over the
+//!    super-block), re-round, and keep it if the error fell.
+//!
+//! Steps 3 and 4 are what plain search leaves on the table. ω is
+//! √mean(w²) + |w| without importances, and importance · √(σ² + w²) with them
+//! (the weighting importance-matrix quantizers use).
+//!
+//! Sixteen sub-blocks (two super-blocks) ride side by side in lanes, so that
+//! the compiler turns each inner loop into vector instructions of whatever
+//! ISA the function is compiled for; results do not depend on the ISA,
+//! because every lane computes the same operations in the same order.
+
+use super::k_scales;
+use super::legacy::{inverse, put_f16};
+use half::f16;
+
+const LANES: usize = 16;
+const SUB: usize = 32;
+type Lane = [f32; LANES];
+
+/// One encoded super-block, before packing.
+pub struct SuperBlock {
+    pub d: f32,
+    pub dmin: f32,
+    pub scales: [u8; 8],
+    pub mins: [u8; 8],
+    pub q: [[u8; SUB]; 8],
+}
+
+impl SuperBlock {
+    /// The first 16 bytes, common to both types.
+    #[inline(always)]
+    pub fn store_scales(&self, b: &mut [u8]) {
+        put_f16(b, 0, self.d);
+        put_f16(b, 2, self.dmin);
+        k_scales::pack(&self.scales, &self.mins, &mut b[4..16]);
+    }
+}
+
+/// Encodes all super-blocks of `values` with quants 0..=TOP, handing each to `store`.
+#[inline(always)]
+pub fn encode<const TOP: i32>(values: &[f32], importance: Option<&[f32]>, mut store: impl FnMut(usize, &SuperBlock)) {
+    let n = values.len() / 256;
+    let mut x = [[0.0f32; LANES]; SUB];
+    let mut w = [[0.0f32; LANES]; SUB];
+    for first in (0..n).step_by(2) {
+        // An odd last super-block rides twice; its copy is not stored.
+        let blocks = [first, (first + 1).min(n - 1)];
+        for (half, &b) in blocks.iter().enumerate() {
+            let importance = importance.map(|h| &h[256 * b..256 * (b + 1)]);
+            load(&values[256 * b..256 * (b + 1)], importance, half * 8, &mut x, &mut w);
+        }
+        let (s, m) = fit::<TOP>(&x, &w);
+        let out = round_scales::<TOP>(&x, &w, &s, &m);
+        for (half, &b) in blocks.iter().enumerate() {
+            if half == 0 || b != first {
+                store(b, &out[half]);
+            }
+        }
+    }
+}
+
+/// Transposes a super-block into lanes `lane..lane + 8` and derives the weights.
+#[inline(always)]
+fn load(values: &[f32], importance: Option<&[f32]>, lane: usize, x: &mut [Lane; SUB], w: &mut [Lane; SUB]) {
+    let sigma2 = 2.0 * values.iter().map(|v| v * v).sum::<f32>() / 256.0;
+    for sub in 0..8 {
+        let v = &values[SUB * sub..SUB * (sub + 1)];
+        let rms = (v.iter().map(|v| v * v).sum::<f32>() / SUB as f32).sqrt();
+        for j in 0..SUB {
+            x[j][lane + sub] = v[j];
+            w[j][lane + sub] = match importance {
+                None => rms + v[j].abs(),
+                Some(h) => h[SUB * sub + j] * (sigma2 + v[j] * v[j]).sqrt(),
+            };
+        }
+    }
+}
+
+/// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no
+/// room for a fraction.
+#[inline(always)]
+fn nearest(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC) - MAGIC
+}
+
+#[inline(always)]
+fn clamp(x: f32, top: f32) -> f32 {
+    let x = if x > 0.0 { x } else { 0.0 };
+    if x < top { x } else { top }
+}
+
+/// Step 1: float (scale, min) a lane, min given as the positive amount subtracted.
+#[inline(always)]
+fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB]) -> (Lane, Lane) {
+    let top = TOP as f32;
+    let (mut lo, mut hi) = ([0.0f32; LANES], x[0]);
+    let (mut sw, mut swx, mut swx2) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for j in 0..SUB {
+        for l in 0..LANES {
+            let (v, wt) = (x[j][l], w[j][l]);
+            lo[l] = if v < lo[l] { v } else { lo[l] };
+            hi[l] = if v > hi[l] { v } else { hi[l] };
+            sw[l] += wt;
+            swx[l] += wt * v;
+            swx2[l] += wt * v * v;
+        }
+    }
+    let (mut best, mut scale, mut min) = ([f32::INFINITY; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        scale[l] = (hi[l] - lo[l]) / top;
+        min[l] = -lo[l];
+    }
+    for step in 0..21 {
+        let widen = top - 1.0 + 0.1 * step as f32;
+        let mut inv = [0.0f32; LANES];
+        for l in 0..LANES {
+            let range = hi[l] - lo[l];
+            inv[l] = if range > 0.0 { widen / range } else { 0.0 };
+        }
+        let (mut sq, mut sqq, mut sqx) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+        for j in 0..SUB {
+            for l in 0..LANES {
+                let q = clamp(nearest(inv[l] * (x[j][l] - lo[l])), top);
+                let wq = w[j][l] * q;
+                sq[l] += wq;
+                sqq[l] += wq * q;
+                sqx[l] += wq * x[j][l];
+            }
+        }
+        for l in 0..LANES {
+            let det = sw[l] * sqq[l] - sq[l] * sq[l];
+            let mut s = (sw[l] * sqx[l] - swx[l] * sq[l]) / det;
+            let mut m = (sqq[l] * swx[l] - sq[l] * sqx[l]) / det;
+            if m > 0.0 {
+                m = 0.0;
+                s = sqx[l] / sqq[l];
+            }
+            let err = swx2[l] + s * s * sqq[l] + m * m * sw[l] + 2.0 * (s * m * sq[l] - s * sqx[l] - m * swx[l]);
+            // A NaN (det 0) compares false and keeps what there was.
+            if det > 0.0 && err < best[l] {
+                best[l] = err;
+                scale[l] = s;
+                min[l] = -m;
+            }
+        }
+    }
+    for l in 0..LANES {
+        if hi[l] <= lo[l] {
+            scale[l] = 0.0;
+        }
+    }
+    (scale, min)
+}
+
+/// Weighted error of rounding with scale `s` and min `m`, a lane each.
+#[inline(always)]
+fn rounding_error<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> Lane {
+    let mut inv = [0.0f32; LANES];
+    for l in 0..LANES {
+        inv[l] = inverse(s[l]);
+    }
+    let mut err = [0.0f32; LANES];
+    for j in 0..SUB {
+        for l in 0..LANES {
+            let q = clamp(nearest((x[j][l] + m[l]) * inv[l]), TOP as f32);
+            let e = x[j][l] + m[l] - s[l] * q;
+            err[l] += w[j][l] * e * e;
+        }
+    }
+    err
+}
+
+/// Integer scale and min a lane, and the resulting error.
+struct Rounded {
+    d: [f32; 2],
+    dmin: [f32; 2],
+    scale: Lane,
+    min: Lane,
+    err: Lane,
+}
+
+impl Rounded {
+    #[inline(always)]
+    fn error_of(&self, half: usize) -> f32 {
+        self.err[8 * half..8 * half + 8].iter().sum()
+    }
+}
+
+/// Steps 2 to 4.
+#[inline(always)]
+fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> [SuperBlock; 2] {
+    let mut d = [0.0f32; 2];
+    let mut dmin = [0.0f32; 2];
+    for half in 0..2 {
+        d[half] = f16_of(s[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
+        dmin[half] = f16_of(m[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
+    }
+    let mut best = search_integers::<TOP>(x, w, s, m, d, dmin);
+    for _ in 0..2 {
+        let (d, dmin) = refit::<TOP>(x, w, &best);
+        let (mut s, mut m) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for l in 0..LANES {
+            s[l] = best.d[l / 8] * best.scale[l];
+            m[l] = best.dmin[l / 8] * best.min[l];
+        }
+        let again = search_integers::<TOP>(x, w, &s, &m, d, dmin);
+        for half in 0..2 {
+            if again.error_of(half) < best.error_of(half) {
+                best.d[half] = again.d[half];
+                best.dmin[half] = again.dmin[half];
+                for l in 8 * half..8 * half + 8 {
+                    (best.scale[l], best.min[l], best.err[l]) = (again.scale[l], again.min[l], again.err[l]);
+                }
+            }
+        }
+    }
+    [finish::<TOP>(x, &best, 0), finish::<TOP>(x, &best, 1)]
+}
+
+#[inline(always)]
+fn f16_of(x: f32) -> f32 {
+    f16::from_f32(x).to_f32()
+}
+
+/// Step 3: the integer scale and min around the float ones with the least error.
+#[inline(always)]
+fn search_integers<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane, d: [f32; 2], dmin: [f32; 2]) -> Rounded {
+    let (mut centre_s, mut centre_m) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        centre_s[l] = clamp(nearest(s[l] * inverse(d[l / 8])), 63.0);
+        centre_m[l] = clamp(nearest(m[l] * inverse(dmin[l / 8])), 63.0);
+    }
+    let mut best = Rounded { d, dmin, scale: centre_s, min: centre_m, err: [f32::INFINITY; LANES] };
+    for (ds, dm) in [(0.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (1.0, 1.0), (-1.0, -1.0)] {
+        let (mut si, mut mi, mut sf, mut mf) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+        for l in 0..LANES {
+            si[l] = clamp(centre_s[l] + ds, 63.0);
+            mi[l] = clamp(centre_m[l] + dm, 63.0);
+            sf[l] = d[l / 8] * si[l];
+            mf[l] = dmin[l / 8] * mi[l];
+        }
+        let err = rounding_error::<TOP>(x, w, &sf, &mf);
+        for l in 0..LANES {
+            if err[l] < best.err[l] {
+                (best.err[l], best.scale[l], best.min[l]) = (err[l], si[l], mi[l]);
+            }
+        }
+    }
+    best
+}
+
+/// Step 4's new (d, dmin): least squares of Σ ω (w − d·a + dmin·b)², a = scale·q, b = min.
+#[inline(always)]
+fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32; 2], [f32; 2]) {
+    let (mut aa, mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    let (mut ax, mut bx) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for j in 0..SUB {
+        for l in 0..LANES {
+            let s = r.d[l / 8] * r.scale[l];
+            let q = clamp(nearest((x[j][l] + r.dmin[l / 8] * r.min[l]) * inverse(s)), TOP as f32);
+            let (a, b, wt) = (r.scale[l] * q, r.min[l], w[j][l]);
+            aa[l] += wt * a * a;
+            ab[l] += wt * a * b;
+            bb[l] += wt * b * b;
+            ax[l] += wt * a * x[j][l];
+            bx[l] += wt * b * x[j][l];
+        }
+    }
+    let (mut d, mut dmin) = (r.d, r.dmin);
+    for half in 0..2 {
+        let sum = |v: &Lane| v[8 * half..8 * half + 8].iter().sum::<f32>();
+        let (aa, ab, bb, ax, bx) = (sum(&aa), sum(&ab), sum(&bb), sum(&ax), sum(&bx));
+        let det = aa * bb - ab * ab;
+        if det > 1e-6 * aa * bb {
+            let new_d = f16_of((ax * bb - bx * ab) / det);
+            let new_dmin = f16_of((ax * ab - bx * aa) / det);
+            if new_d > 0.0 && new_dmin >= 0.0 && new_d.is_finite() && new_dmin.is_finite() {
+                (d[half], dmin[half]) = (new_d, new_dmin);
+            }
+        } else if aa > 0.0 && bb == 0.0 {
+            let new_d = f16_of(ax / aa);
+            if new_d > 0.0 && new_d.is_finite() {
+                d[half] = new_d;
+            }
+        }
+    }
+    (d, dmin)
+}
+
+#[inline(always)]
+fn finish<const TOP: i32>(x: &[Lane; SUB], r: &Rounded, half: usize) -> SuperBlock {
+    let mut out = SuperBlock { d: r.d[half], dmin: r.dmin[half], scales: [0; 8], mins: [0; 8], q: [[0; SUB]; 8] };
+    for sub in 0..8 {
+        let l = 8 * half + sub;
+        out.scales[sub] = r.scale[l] as u8;
+        out.mins[sub] = r.min[l] as u8;
+        let (s, m) = (out.d * r.scale[l], out.dmin * r.min[l]);
+        let inv = inverse(s);
+        for j in 0..SUB {
+            out.q[sub][j] = clamp(nearest((x[j][l] + m) * inv), TOP as f32) as u8;
+        }
+    }
+    out
+}

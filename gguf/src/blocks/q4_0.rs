@@ -1,0 +1,32 @@
+//! Q4_0: 32 values in 18 bytes. `f16 d; u8 qs[16]`; value j is the low nibble
+//! of qs[j], value j + 16 the high one: w = d · (q − 8).
+
+use super::legacy::*;
+use super::{Codec, Encode};
+
+pub struct Q4_0;
+
+impl Codec for Q4_0 {
+    const LEN: usize = 32;
+    const BYTES: usize = 18;
+
+    #[inline(always)]
+    fn decode_block(b: &[u8], out: &mut [f32]) {
+        let d = f16_at(b, 0);
+        for j in 0..16 {
+            out[j] = d * (i32::from(b[2 + j] & 15) - 8) as f32;
+            out[j + 16] = d * (i32::from(b[2 + j] >> 4) - 8) as f32;
+        }
+    }
+}
+
+impl Encode for Q4_0 {
+    #[inline(always)]
+    fn encode(values: &[f32], _importance: Option<&[f32]>, out: &mut [u8]) {
+        for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(18)) {
+            let d = signed_peak(x) / -8.0;
+            put_f16(b, 0, d);
+            pack_nibbles(&quants(x, inverse(d), 0.0, 8.5, 15), &mut b[2..]);
+        }
+    }
+}

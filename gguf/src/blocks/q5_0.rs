@@ -1,0 +1,35 @@
+//! Q5_0: 32 values in 22 bytes. `f16 d; u32 qh; u8 qs[16]`; nibbles as in
+//! Q4_0, bit j of qh is value j's fifth bit: w = d · (q − 16).
+
+use super::legacy::*;
+use super::{Codec, Encode};
+
+pub struct Q5_0;
+
+impl Codec for Q5_0 {
+    const LEN: usize = 32;
+    const BYTES: usize = 22;
+
+    #[inline(always)]
+    fn decode_block(b: &[u8], out: &mut [f32]) {
+        let (d, high) = (f16_at(b, 0), bits_at(b, 2));
+        for j in 0..16 {
+            let (lo, hi) = (u32::from(b[6 + j] & 15) | (high >> j & 1) << 4, u32::from(b[6 + j] >> 4) | (high >> (j + 16) & 1) << 4);
+            out[j] = d * (lo as i32 - 16) as f32;
+            out[j + 16] = d * (hi as i32 - 16) as f32;
+        }
+    }
+}
+
+impl Encode for Q5_0 {
+    #[inline(always)]
+    fn encode(values: &[f32], _importance: Option<&[f32]>, out: &mut [u8]) {
+        for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(22)) {
+            let d = signed_peak(x) / -16.0;
+            let q = quants(x, inverse(d), 0.0, 16.5, 31);
+            put_f16(b, 0, d);
+            b[2..6].copy_from_slice(&fifth_bits(&q).to_le_bytes());
+            pack_nibbles(&q, &mut b[6..]);
+        }
+    }
+}

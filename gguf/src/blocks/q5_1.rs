@@ -1,0 +1,36 @@
+//! Q5_1: 32 values in 24 bytes. `f16 d; f16 m; u32 qh; u8 qs[16]`, bits as in Q5_0: w = d · q + m.
+
+use super::legacy::*;
+use super::{Codec, Encode};
+
+pub struct Q5_1;
+
+impl Codec for Q5_1 {
+    const LEN: usize = 32;
+    const BYTES: usize = 24;
+
+    #[inline(always)]
+    fn decode_block(b: &[u8], out: &mut [f32]) {
+        let (d, m, high) = (f16_at(b, 0), f16_at(b, 2), bits_at(b, 4));
+        for j in 0..16 {
+            let (lo, hi) = (u32::from(b[8 + j] & 15) | (high >> j & 1) << 4, u32::from(b[8 + j] >> 4) | (high >> (j + 16) & 1) << 4);
+            out[j] = d * lo as f32 + m;
+            out[j + 16] = d * hi as f32 + m;
+        }
+    }
+}
+
+impl Encode for Q5_1 {
+    #[inline(always)]
+    fn encode(values: &[f32], _importance: Option<&[f32]>, out: &mut [u8]) {
+        for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(24)) {
+            let (lo, hi) = min_max(x);
+            let d = (hi - lo) / 31.0;
+            let q = quants(x, inverse(d), lo, 0.5, 31);
+            put_f16(b, 0, d);
+            put_f16(b, 2, lo);
+            b[4..8].copy_from_slice(&fifth_bits(&q).to_le_bytes());
+            pack_nibbles(&q, &mut b[8..]);
+        }
+    }
+}

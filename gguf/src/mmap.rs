@@ -1,0 +1,130 @@
+//! The one place that maps files, for GGUF and safetensors alike, and the
+//! only unsafe code of this crate. What differs between systems (page
+//! advice, populating pages, the signal raised when a mapped file shrinks)
+//! is fenced by `cfg` here and nowhere else.
+
+use crate::error::{Error, Result};
+use memmap2::Mmap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A read-only mapping of a whole file. Cloning shares it.
+#[derive(Debug, Clone)]
+pub struct Mapping {
+    map: Arc<Mmap>,
+    path: Arc<PathBuf>,
+}
+
+impl Mapping {
+    pub fn open(path: &Path) -> Result<Mapping> {
+        let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
+        let file = File::open(path).map_err(io("open"))?;
+        let meta = file.metadata().map_err(io("read"))?;
+        if meta.is_dir() {
+            return Err(Error::Io { action: "map", path: path.to_owned(), source: std::io::ErrorKind::IsADirectory.into() });
+        }
+        // SAFETY: the mapping is private and read-only, so this process cannot
+        // write through it. Another process could change or cut the file; bytes
+        // that change are still initialised u8 (every reader above validates
+        // or tolerates any value), and a cut file raises SIGBUS, which
+        // `exit_cleanly_when_a_mapped_file_shrinks` turns into a message.
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+        Ok(Mapping { map: Arc::new(map), path: Arc::new(path.to_owned()) })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads `range` into memory now, so that an unreadable or cut file is an
+    /// error here rather than a signal later. Elsewhere than on Linux it only
+    /// hints.
+    pub fn populate(&self, range: Range<usize>) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            self.check_length()?;
+            match self.map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len()) {
+                Ok(()) => Ok(()),
+                // Kernels before 5.14 do not know the advice; pages then come on demand.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                Err(source) => Err(Error::Io { action: "read", path: self.path.to_path_buf(), source }),
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            self.check_length()?;
+            #[cfg(unix)]
+            let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+            let _ = range;
+            Ok(())
+        }
+    }
+
+    /// Tells the system that `range` will not be read again soon, so that a
+    /// streaming reader does not fill memory with pages it has passed.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            // SAFETY: the mapping is file-backed and read-only; after
+            // MADV_DONTNEED a later read takes the page from the file again.
+            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+        let _ = range;
+    }
+
+    /// Says that the file will be read front to back.
+    pub fn sequential(&self) {
+        #[cfg(unix)]
+        let _ = self.map.advise(memmap2::Advice::Sequential);
+    }
+
+    /// An error if the file is now shorter than what was mapped.
+    pub fn check_length(&self) -> Result<()> {
+        let now = std::fs::metadata(self.path.as_path())
+            .map_err(|source| Error::Io { action: "read", path: self.path.to_path_buf(), source })?
+            .len();
+        if now < self.map.len() as u64 {
+            return Err(Error::Truncated {
+                what: "the mapped file (it shrank)",
+                offset: now,
+                needed: self.map.len() as u64 - now,
+                available: 0,
+            }
+            .in_file(self.path.as_path()));
+        }
+        Ok(())
+    }
+}
+
+/// Makes the process end with one line and exit code 1, instead of a bare
+/// SIGBUS, when a mapped file is cut or its disk fails while it is read.
+/// Call once, early, from a binary.
+pub fn exit_cleanly_when_a_mapped_file_shrinks() {
+    #[cfg(unix)]
+    {
+        extern "C" fn on_bus(_signal: libc::c_int) {
+            const LINE: &[u8] = b"grist: error: a mapped file shrank or could not be read while in use; restore the file and run again\n";
+            // SAFETY: `write` and `_exit` are async-signal-safe, and LINE is a
+            // static of the length given.
+            unsafe {
+                libc::write(2, LINE.as_ptr().cast(), LINE.len());
+                libc::_exit(1);
+            }
+        }
+        // SAFETY: the action is fully initialised (zeroed, then handler and
+        // mask set), the handler only calls async-signal-safe functions, and
+        // no other part of the program installs a SIGBUS handler.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_bus as extern "C" fn(libc::c_int) as usize;
+            libc::sigemptyset(&mut action.sa_mask);
+            libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+        }
+    }
+}

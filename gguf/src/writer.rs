@@ -1,0 +1,186 @@
+//! Writing by stream, in two passes: a [`Layout`] fixes every offset from
+//! names, shapes and types alone; then a [`Writer`] takes the tensors' bytes
+//! in that order. The file bears its name only once it is whole and synced:
+//! until then it is a `.NAME.PID.part` beside it, removed if the writer is dropped.
+
+use crate::error::{Error, Result};
+use crate::header::DEFAULT_ALIGNMENT;
+use crate::tensor_info::TensorInfo;
+use crate::value::{Metadata, Value, write_string};
+use byteorder::{LittleEndian, WriteBytesExt};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Metadata and tensor places: everything of a file but the tensor data.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    metadata: Metadata,
+    tensors: Vec<TensorInfo>,
+    alignment: u64,
+    header: Vec<u8>,
+    file_bytes: u64,
+}
+
+impl Layout {
+    /// Places `tensors` (name, dims innermost first, type) one after another, each padded
+    /// to the alignment: llama.cpp accepts no gaps and no other order.
+    pub fn new(metadata: Metadata, tensors: Vec<(String, Vec<u64>, &'static crate::BlockType)>) -> Result<Layout> {
+        let alignment = metadata.opt_u64("general.alignment")?.unwrap_or(DEFAULT_ALIGNMENT);
+        if !alignment.is_power_of_two() || !(8..=crate::limits::MAX_ALIGNMENT).contains(&alignment) {
+            return Err(Error::BadAlignment { value: alignment });
+        }
+        let mut offset = 0u64;
+        let mut infos = Vec::with_capacity(tensors.len());
+        let mut seen = std::collections::HashSet::new();
+        for (name, dims, block) in tensors {
+            if !seen.insert(name.clone()) {
+                return Err(Error::DuplicateTensor { tensor: name });
+            }
+            let info = TensorInfo::new(name, dims, block, offset)?;
+            offset = (offset + info.n_bytes()).next_multiple_of(alignment); // TensorInfo::new keeps this far below 2^63
+            infos.push(info);
+        }
+        let mut header = Vec::new();
+        write_header(&mut header, &metadata, &infos).map_err(|source| Error::Io {
+            action: "lay out",
+            path: PathBuf::from("the header"),
+            source,
+        })?;
+        header.resize((header.len() as u64).next_multiple_of(alignment) as usize, 0);
+        let file_bytes = header.len() as u64 + offset;
+        Ok(Layout { metadata, tensors: infos, alignment, header, file_bytes })
+    }
+
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The exact size of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+}
+
+fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[TensorInfo]) -> std::io::Result<()> {
+    out.write_all(b"GGUF")?;
+    out.write_u32::<LittleEndian>(3)?;
+    out.write_u64::<LittleEndian>(tensors.len() as u64)?;
+    out.write_u64::<LittleEndian>(metadata.len() as u64)?;
+    for (key, value) in metadata.iter() {
+        write_string(out, key)?;
+        Value::write(value, out)?;
+    }
+    for t in tensors {
+        write_string(out, t.name())?;
+        out.write_u32::<LittleEndian>(t.dims().len() as u32)?;
+        for &d in t.dims() {
+            out.write_u64::<LittleEndian>(d)?;
+        }
+        out.write_u32::<LittleEndian>(t.block().id)?;
+        out.write_u64::<LittleEndian>(t.offset())?;
+    }
+    Ok(())
+}
+
+/// Takes the data of a layout's tensors in order and makes the file appear whole.
+pub struct Writer {
+    layout: Layout,
+    out: BufWriter<File>,
+    part: PathBuf,
+    target: PathBuf,
+    current: usize,
+    written: u64,
+    finished: bool,
+}
+
+impl Writer {
+    /// Creates the temporary beside `target` and writes the header.
+    pub fn create(target: &Path, layout: Layout) -> Result<Writer> {
+        if target.is_dir() {
+            return Err(Error::TargetIsDirectory { target: target.to_owned() });
+        }
+        let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.is_empty() {
+            return Err(Error::TargetIsDirectory { target: target.to_owned() });
+        }
+        let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
+        let io = |source| Error::Io { action: "create", path: part.clone(), source };
+        let file = File::create(&part).map_err(io)?;
+        let mut writer = Writer {
+            out: BufWriter::with_capacity(1 << 20, file),
+            layout,
+            part,
+            target: target.to_owned(),
+            current: 0,
+            written: 0,
+            finished: false,
+        };
+        let header = std::mem::take(&mut writer.layout.header);
+        writer.put(&header)?;
+        Ok(writer)
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The next bytes of the current tensor; a tensor may come in any number of pieces.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let Some(t) = self.layout.tensors.get(self.current) else {
+            return Err(Error::WrongLength { tensor: "(after the last)".into(), expected: 0, got: bytes.len() as u64 });
+        };
+        let (n_bytes, after) = (t.n_bytes(), self.written + bytes.len() as u64);
+        if after > n_bytes {
+            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: n_bytes, got: after });
+        }
+        self.put(bytes)?;
+        self.written = after;
+        if after == n_bytes {
+            let padding = n_bytes.next_multiple_of(self.layout.alignment) - n_bytes;
+            self.put(&vec![0u8; padding as usize])?;
+            self.current += 1;
+            self.written = 0;
+        }
+        Ok(())
+    }
+
+    /// Flushes, syncs, renames, and syncs the folder. Errors if a tensor is missing.
+    pub fn finish(mut self) -> Result<()> {
+        if let Some(t) = self.layout.tensors.get(self.current) {
+            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: self.written });
+        }
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::Io { action, path, source }
+        };
+        self.out.flush().map_err(io("write", &self.part))?;
+        self.out.get_ref().sync_all().map_err(io("sync", &self.part))?;
+        std::fs::rename(&self.part, &self.target).map_err(io("rename to", &self.target))?;
+        self.finished = true;
+        // The rename itself must survive a power cut too; not every file system can sync a folder.
+        if let Some(folder) = self.target.parent() {
+            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+            if let Ok(f) = File::open(folder) {
+                let _ = f.sync_all();
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|source| Error::Io { action: "write", path: self.part.clone(), source })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = std::fs::remove_file(&self.part);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What this machine could do at best, measured now: int8 multiply-adds from
+//! registers, and bytes read from memory. A share of a ceiling measured in
+//! the same run means something on a machine whose speed drifts.
+
+use crate::isa::{self, Isa, Op};
+use crate::threads::Pool;
+use std::time::Instant;
+
+#[derive(Debug, Clone, Copy)]
+pub struct Peaks {
+    /// Two operations a multiply-add, all threads.
+    pub int8_ops: f64,
+    /// Bytes a second read from memory, all threads.
+    pub read_bytes: f64,
+}
+
+/// Independent accumulators: enough to hide the latency of the dot instruction on two ports.
+const CHAINS: usize = 12;
+const ROUNDS: usize = 400_000;
+/// Read buffer: far larger than any last-level cache share.
+const BUFFER: usize = 256 << 20;
+
+struct Dots(usize);
+
+impl Op for Dots {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f32 {
+        let u = isa.load(&[3; 64]);
+        let s = isa.load_halves(&[5; 32], &[7; 32]);
+        let mut acc = [isa.zero_int(); CHAINS];
+        for _ in 0..self.0 {
+            for a in &mut acc {
+                *a = isa.dot_unsigned(*a, u, s);
+            }
+            acc = std::hint::black_box(acc);
+        }
+        acc.into_iter().map(|a| isa.sum(isa.to_float(a))).sum()
+    }
+}
+
+struct Sum<'a>(&'a [u8]);
+
+impl Op for Sum<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f32 {
+        let ones = isa.load(&[1; 64]);
+        let mut acc = [isa.zero_int(); 4];
+        for group in self.0.as_chunks::<256>().0 {
+            for (a, v) in acc.iter_mut().zip(group.as_chunks::<64>().0) {
+                *a = isa.dot_unsigned(*a, ones, isa.load(v));
+            }
+        }
+        acc.into_iter().map(|a| isa.sum(isa.to_float(a))).sum()
+    }
+}
+
+/// About a quarter of a second. The buffer is 256 MiB, taken once.
+pub fn measure(pool: &Pool) -> Peaks {
+    static MEMORY: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    let memory = MEMORY.get_or_init(|| vec![1u8; BUFFER]);
+    let n = pool.n_threads();
+    let ops = || {
+        let start = Instant::now();
+        pool.run(&|_| {
+            std::hint::black_box(isa::run(Dots(ROUNDS / 10)));
+        });
+        (2 * 64 * CHAINS * (ROUNDS / 10) * n) as f64 / start.elapsed().as_secs_f64()
+    };
+    let read = || {
+        let start = Instant::now();
+        pool.run(&|i| {
+            let share = BUFFER / n;
+            std::hint::black_box(isa::run(Sum(&memory[i * share..(i + 1) * share])));
+        });
+        BUFFER as f64 / start.elapsed().as_secs_f64()
+    };
+    let best = |f: &dyn Fn() -> f64| (0..5).map(|_| f()).fold(0.0, f64::max);
+    Peaks { int8_ops: best(&ops), read_bytes: best(&read) }
+}

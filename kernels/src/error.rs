@@ -1,0 +1,16 @@
+//! Errors are raised when a plan is made; hot loops have none.
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    #[error("GRIST_ISA={name} is unknown; this build has: {known}")]
+    UnknownIsa { name: String, known: String },
+    #[error("GRIST_ISA={name} needs a CPU with {features}; unset it to let the program choose")]
+    UnsupportedIsa { name: String, features: &'static str },
+    #[error("no kernel can multiply weights of type {type_name}; requantize the model")]
+    NoKernel { type_name: &'static str },
+    #[error("a {rows} × {cols} matrix of type {type_name} needs {expected} bytes, got {got}")]
+    WrongBytes { type_name: &'static str, rows: usize, cols: usize, expected: usize, got: usize },
+}

@@ -1,0 +1,180 @@
+//! The vector vocabulary that kernels are written in, and the ISA rows.
+//!
+//! An ISA is a zero-size token that only a CPU check can create (the idea is
+//! rten's). Holding one proves that its instructions exist, so everything
+//! above this module is safe code. A vector is 64 bytes wide in meaning:
+//! one register with AVX-512, two with AVX2, arrays in the scalar row.
+//!
+//! A new ISA is one file here and one row in [`isa_rows`]: the row's feature
+//! list gives both the CPU check and the `#[target_feature]` list.
+
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512vnni;
+pub mod scalar;
+
+use crate::error::{Error, Result};
+use std::sync::OnceLock;
+
+/// Work to be compiled once an ISA; `run` must be `#[inline(always)]`.
+pub trait Op {
+    type Out;
+    fn run<I: Isa>(self, isa: I) -> Self::Out;
+}
+
+/// The vocabulary. Methods are inlined into the function that
+/// [`Isa::vectorize`] compiles for the ISA; call them nowhere else.
+pub trait Isa: Copy + Send + Sync + 'static {
+    const NAME: &'static str;
+    /// 64 bytes.
+    type Bytes: Copy;
+    /// 16 × i32.
+    type Int: Copy;
+    /// 16 × f32.
+    type Float: Copy;
+
+    /// The token, if this CPU has every feature of the row.
+    fn detect() -> Option<Self>;
+    /// Runs `op` in a function compiled with the ISA's features.
+    fn vectorize<O: Op>(self, op: O) -> O::Out;
+
+    fn f16(self, bits: u16) -> f32;
+    fn load(self, b: &[u8; 64]) -> Self::Bytes;
+    /// 32 bytes from each of two places.
+    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> Self::Bytes;
+    /// `v` in the low half; each byte's bits 2 to 7, moved down by two, in the high half (its bits 6 and 7 undefined).
+    fn with_shifted_by_2(self, v: &[u8; 32]) -> Self::Bytes;
+    /// Two runs of 16 bytes to 64 values: low nibbles of `a`, high of `a`, low of `b`, high of `b`.
+    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> Self::Bytes;
+    /// `v & 15` in each byte.
+    fn low_nibbles(self, v: Self::Bytes) -> Self::Bytes;
+    /// `v >> 4` in each byte.
+    fn high_nibbles(self, v: Self::Bytes) -> Self::Bytes;
+    /// `(v >> SHIFT & MASK) << UP` in each byte. `MASK << SHIFT` and `MASK << UP` fit in a byte.
+    fn bits<const SHIFT: u32, const MASK: u8, const UP: u32>(self, v: Self::Bytes) -> Self::Bytes;
+    /// 0 or 16 in byte i, from bit i of `mask`.
+    fn bit16(self, mask: u64) -> Self::Bytes;
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// Each of the low nibbles looked up in `table`.
+    fn lookup(self, table: &[i8; 16], v: Self::Bytes) -> Self::Bytes;
+    fn zero_int(self) -> Self::Int;
+    /// acc + groups of four products, `u` unsigned below 128, `s` signed in −127..=127.
+    fn dot_unsigned(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes) -> Self::Int;
+    /// acc + groups of four products, both signed, `s` in −127..=127.
+    fn dot_signed(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
+    /// acc + a · b in each lane.
+    fn mul_add_int(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
+    /// Lanes 0–7 `a`, 8–15 `b`.
+    fn halves_int(self, a: i32, b: i32) -> Self::Int;
+    /// Lanes 0–3 `v[0]`, 4–7 `v[1]`, 8–11 `v[2]`, 12–15 `v[3]`.
+    fn quarters_int(self, v: [i32; 4]) -> Self::Int;
+    /// Sums of products of 16-bit pairs, in any lanes: only the total counts.
+    fn dot_i16(self, a: &[i16; 16], b: &[i16; 16]) -> Self::Int;
+    fn to_float(self, v: Self::Int) -> Self::Float;
+    fn zero_float(self) -> Self::Float;
+    fn splat(self, x: f32) -> Self::Float;
+    fn halves_float(self, a: f32, b: f32) -> Self::Float;
+    fn load_float(self, v: &[f32; 16]) -> Self::Float;
+    /// a · b + c.
+    fn mul_add(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    fn sum(self, v: Self::Float) -> f32;
+}
+
+/// Declares an ISA row: token, CPU check and `vectorize`, from one feature list.
+macro_rules! isa_token {
+    ($name:ident, [$($feature:tt),* $(,)?]) => {
+        /// Proof that this CPU has the row's features.
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name(());
+
+        impl $name {
+            pub const FEATURES: &'static str = concat!($($feature, " "),*);
+
+            fn check() -> Option<Self> {
+                let all = true $(&& std::arch::is_x86_feature_detected!($feature))*;
+                all.then_some($name(()))
+            }
+
+            fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
+                $(#[target_feature(enable = $feature)])*
+                fn with_features<O: crate::isa::Op>(isa: $name, op: O) -> O::Out {
+                    op.run(isa)
+                }
+                // SAFETY: `self` exists only if `check` found every feature named above.
+                unsafe { with_features(self, op) }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use isa_token;
+
+/// Calls `$m!` with every ISA of this target, best first.
+#[cfg(target_arch = "x86_64")]
+#[macro_export]
+macro_rules! isa_rows {
+    ($m:ident) => {
+        $m! { $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
+    };
+}
+
+/// Calls `$m!` with every ISA of this target, best first.
+#[cfg(not(target_arch = "x86_64"))]
+#[macro_export]
+macro_rules! isa_rows {
+    ($m:ident) => {
+        $m! { $crate::isa::scalar::Scalar }
+    };
+}
+
+/// Names of this build's rows, best first.
+pub fn names() -> Vec<&'static str> {
+    macro_rules! list {
+        ($($isa:ty),*) => { vec![$(<$isa as Isa>::NAME),*] };
+    }
+    isa_rows!(list)
+}
+
+/// Names of the rows this CPU can run.
+pub fn available() -> Vec<&'static str> {
+    macro_rules! list {
+        ($($isa:ty),*) => {{
+            let mut v = Vec::new();
+            $(if <$isa as Isa>::detect().is_some() { v.push(<$isa as Isa>::NAME); })*
+            v
+        }};
+    }
+    isa_rows!(list)
+}
+
+/// The row in force: `GRIST_ISA` if set, else the best this CPU can run.
+pub fn selected() -> &'static str {
+    static CHOICE: OnceLock<&'static str> = OnceLock::new();
+    CHOICE.get_or_init(|| check_forced().ok().flatten().unwrap_or(available()[0]))
+}
+
+/// Validates `GRIST_ISA`; a program calls it at start so that a bad value is an error, not a surprise.
+pub fn check_forced() -> Result<Option<&'static str>> {
+    let Some(name) = std::env::var("GRIST_ISA").ok().filter(|s| !s.is_empty()) else { return Ok(None) };
+    let Some(known) = names().into_iter().find(|n| *n == name) else {
+        return Err(Error::UnknownIsa { name, known: names().join(", ") });
+    };
+    if !available().contains(&known) {
+        return Err(Error::UnsupportedIsa { name, features: known });
+    }
+    Ok(Some(known))
+}
+
+/// Runs `op` compiled for the row in force.
+pub fn run<O: Op>(op: O) -> O::Out {
+    macro_rules! dispatch {
+        ($($isa:ty),*) => {{
+            $(if selected() == <$isa as Isa>::NAME && let Some(isa) = <$isa as Isa>::detect() {
+                return isa.vectorize(op);
+            })*
+            scalar::Scalar.vectorize(op)
+        }};
+    }
+    isa_rows!(dispatch)
+}

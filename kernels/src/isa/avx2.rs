@@ -1,0 +1,227 @@
+//! AVX2 with FMA and F16C (Haswell, Zen and later): a vector is two ymm.
+//!
+//! SAFETY of every block in this file: the methods take a token that only
+//! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
+//! loads read exactly the array they are given.
+
+use super::{Isa, Op, isa_token};
+use std::arch::x86_64::*;
+
+isa_token!(Avx2, ["avx2", "fma", "f16c"]);
+
+type Pair = [__m256i; 2];
+
+#[inline(always)]
+fn both(a: Pair, f: impl Fn(__m256i) -> __m256i) -> Pair {
+    [f(a[0]), f(a[1])]
+}
+
+/// Groups of four u8 × i8 products. `u` < 128, so that the 16-bit pair sums
+/// of `maddubs` cannot saturate: 2 · 127 · 127 < 32768; with |w| = 128,
+/// 2 · 128 · 127 = 32512 still fits.
+#[inline(always)]
+fn dot4(u: __m256i, s: __m256i) -> __m256i {
+    // SAFETY: AVX2, by the token of the calling method.
+    unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)) }
+}
+
+impl Isa for Avx2 {
+    const NAME: &'static str = "avx2";
+    type Bytes = Pair;
+    type Int = Pair;
+    type Float = [__m256; 2];
+
+    fn detect() -> Option<Self> {
+        Self::check()
+    }
+
+    fn vectorize<O: Op>(self, op: O) -> O::Out {
+        self.compiled(op)
+    }
+
+    #[inline(always)]
+    fn f16(self, bits: u16) -> f32 {
+        // SAFETY: F16C, by the token.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+    }
+
+    #[inline(always)]
+    fn load(self, b: &[u8; 64]) -> Pair {
+        // SAFETY: AVX2, by the token; 64 readable bytes, by the type.
+        unsafe { [_mm256_loadu_si256(b.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().add(32).cast())] }
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> Pair {
+        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
+        unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn with_shifted_by_2(self, v: &[u8; 32]) -> Pair {
+        // SAFETY: AVX2, by the token; 32 readable bytes, by the type.
+        unsafe {
+            let v = _mm256_loadu_si256(v.as_ptr().cast());
+            [v, _mm256_srli_epi16::<2>(v)]
+        }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> Pair {
+        // SAFETY: AVX2, by the token; 16 readable bytes each, by the types.
+        unsafe {
+            let spread = |p: *const u8| {
+                let v = _mm_loadu_si128(p.cast());
+                let v = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(v), _mm_srli_epi16::<4>(v));
+                _mm256_and_si256(v, _mm256_set1_epi8(15))
+            };
+            [spread(a.as_ptr()), spread(b.as_ptr())]
+        }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        both(v, |v| unsafe { _mm256_and_si256(v, _mm256_set1_epi8(15)) })
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        both(v, |v| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(v), _mm256_set1_epi8(15)) })
+    }
+
+    #[inline(always)]
+    fn bits<const SHIFT: u32, const MASK: u8, const UP: u32>(self, v: Pair) -> Pair {
+        // SAFETY: AVX2, by the token. Shifts of 16-bit lanes leave only
+        // foreign bits that the mask removes.
+        both(v, |v| unsafe {
+            let v = if SHIFT >= UP {
+                _mm256_srl_epi16(v, _mm_cvtsi32_si128((SHIFT - UP) as i32))
+            } else {
+                _mm256_sll_epi16(v, _mm_cvtsi32_si128((UP - SHIFT) as i32))
+            };
+            _mm256_and_si256(v, _mm256_set1_epi8((MASK << UP) as i8))
+        })
+    }
+
+    #[inline(always)]
+    fn bit16(self, mask: u64) -> Pair {
+        // SAFETY: AVX2, by the token. Byte i of a half takes mask byte i / 8,
+        // keeps its bit i % 8, and becomes 16 where that bit was set.
+        let spread = |m: u32| unsafe {
+            let bytes = _mm256_shuffle_epi8(
+                _mm256_set1_epi32(m as i32),
+                _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303),
+            );
+            let bit = _mm256_set1_epi64x(0x8040201008040201u64 as i64);
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+            _mm256_and_si256(set, _mm256_set1_epi8(16))
+        };
+        [spread(mask as u32), spread((mask >> 32) as u32)]
+    }
+
+    #[inline(always)]
+    fn or(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], v: Pair) -> Pair {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
+        both(v, |v| unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), v) })
+    }
+
+    #[inline(always)]
+    fn zero_int(self) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(self, acc: Pair, u: Pair, s: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_add_epi32(acc[0], dot4(u[0], s[0])), _mm256_add_epi32(acc[1], dot4(u[1], s[1]))] }
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: Pair, w: Pair, s: Pair) -> Pair {
+        // SAFETY: AVX2, by the token. |w| · (s with w's sign) = w · s.
+        let one = |acc, w, s| unsafe { _mm256_add_epi32(acc, dot4(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w))) };
+        [one(acc[0], w[0], s[0]), one(acc[1], w[1], s[1])]
+    }
+
+    #[inline(always)]
+    fn mul_add_int(self, acc: Pair, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        let one = |acc, a, b| unsafe { _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b)) };
+        [one(acc[0], a[0], b[0]), one(acc[1], a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn halves_int(self, a: i32, b: i32) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_set1_epi32(a), _mm256_set1_epi32(b)] }
+    }
+
+    #[inline(always)]
+    fn quarters_int(self, v: [i32; 4]) -> Pair {
+        // SAFETY: AVX2, by the token.
+        let one = |a, b| unsafe { _mm256_setr_epi32(a, a, a, a, b, b, b, b) };
+        [one(v[0], v[1]), one(v[2], v[3])]
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: &[i16; 16], b: &[i16; 16]) -> Pair {
+        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
+        unsafe { [_mm256_madd_epi16(_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())), _mm256_setzero_si256()] }
+    }
+
+    #[inline(always)]
+    fn to_float(self, v: Pair) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
+    }
+
+    #[inline(always)]
+    fn zero_float(self) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn halves_float(self, a: f32, b: f32) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_set1_ps(a), _mm256_set1_ps(b)] }
+    }
+
+    #[inline(always)]
+    fn load_float(self, v: &[f32; 16]) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token; 64 readable bytes, by the type.
+        unsafe { [_mm256_loadu_ps(v.as_ptr()), _mm256_loadu_ps(v.as_ptr().add(8))] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: FMA, by the token.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: [__m256; 2]) -> f32 {
+        // SAFETY: AVX2, by the token.
+        unsafe {
+            let v = _mm256_add_ps(v[0], v[1]);
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
+        }
+    }
+}

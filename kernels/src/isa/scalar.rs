@@ -1,0 +1,156 @@
+//! The scalar row: plain arrays, no intrinsics. It runs everywhere, and it is
+//! the vocabulary's definition: the other rows are tested against it.
+
+use super::{Isa, Op};
+
+#[derive(Clone, Copy, Debug)]
+pub struct Scalar;
+
+fn map(v: [u8; 64], f: impl Fn(u8) -> u8) -> [u8; 64] {
+    v.map(f)
+}
+
+impl Isa for Scalar {
+    const NAME: &'static str = "scalar";
+    type Bytes = [u8; 64];
+    type Int = [i32; 16];
+    type Float = [f32; 16];
+
+    fn detect() -> Option<Self> {
+        Some(Scalar)
+    }
+
+    fn vectorize<O: Op>(self, op: O) -> O::Out {
+        op.run(self)
+    }
+
+    #[inline(always)]
+    fn f16(self, bits: u16) -> f32 {
+        half::f16::from_bits(bits).to_f32()
+    }
+
+    #[inline(always)]
+    fn load(self, b: &[u8; 64]) -> [u8; 64] {
+        *b
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| if i < 32 { a[i] as u8 } else { b[i - 32] as u8 })
+    }
+
+    #[inline(always)]
+    fn with_shifted_by_2(self, v: &[u8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| if i < 32 { v[i] } else { v[i - 32] >> 2 })
+    }
+
+    #[inline(always)]
+    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> [u8; 64] {
+        std::array::from_fn(|i| match i / 16 {
+            0 => a[i] & 15,
+            1 => a[i - 16] >> 4,
+            2 => b[i - 32] & 15,
+            _ => b[i - 48] >> 4,
+        })
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: [u8; 64]) -> [u8; 64] {
+        map(v, |x| x & 15)
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: [u8; 64]) -> [u8; 64] {
+        map(v, |x| x >> 4)
+    }
+
+    #[inline(always)]
+    fn bits<const SHIFT: u32, const MASK: u8, const UP: u32>(self, v: [u8; 64]) -> [u8; 64] {
+        map(v, |x| (x >> SHIFT & MASK) << UP)
+    }
+
+    #[inline(always)]
+    fn bit16(self, mask: u64) -> [u8; 64] {
+        std::array::from_fn(|i| ((mask >> i & 1) as u8) << 4)
+    }
+
+    #[inline(always)]
+    fn or(self, a: [u8; 64], b: [u8; 64]) -> [u8; 64] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], v: [u8; 64]) -> [u8; 64] {
+        map(v, |x| table[usize::from(x & 15)] as u8)
+    }
+
+    #[inline(always)]
+    fn zero_int(self) -> [i32; 16] {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(self, acc: [i32; 16], u: [u8; 64], s: [u8; 64]) -> [i32; 16] {
+        std::array::from_fn(|l| acc[l] + (0..4).map(|k| i32::from(u[4 * l + k]) * i32::from(s[4 * l + k] as i8)).sum::<i32>())
+    }
+
+    #[inline(always)]
+    fn dot_signed(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
+        std::array::from_fn(|l| acc[l] + (0..4).map(|k| i32::from(w[4 * l + k] as i8) * i32::from(s[4 * l + k] as i8)).sum::<i32>())
+    }
+
+    #[inline(always)]
+    fn mul_add_int(self, acc: [i32; 16], a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|l| acc[l] + a[l] * b[l])
+    }
+
+    #[inline(always)]
+    fn halves_int(self, a: i32, b: i32) -> [i32; 16] {
+        std::array::from_fn(|l| if l < 8 { a } else { b })
+    }
+
+    #[inline(always)]
+    fn quarters_int(self, v: [i32; 4]) -> [i32; 16] {
+        std::array::from_fn(|l| v[l / 4])
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: &[i16; 16], b: &[i16; 16]) -> [i32; 16] {
+        std::array::from_fn(|l| i32::from(a[l]) * i32::from(b[l]))
+    }
+
+    #[inline(always)]
+    fn to_float(self, v: [i32; 16]) -> [f32; 16] {
+        v.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn zero_float(self) -> [f32; 16] {
+        [0.0; 16]
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 16] {
+        [x; 16]
+    }
+
+    #[inline(always)]
+    fn halves_float(self, a: f32, b: f32) -> [f32; 16] {
+        std::array::from_fn(|l| if l < 8 { a } else { b })
+    }
+
+    #[inline(always)]
+    fn load_float(self, v: &[f32; 16]) -> [f32; 16] {
+        *v
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|l| a[l] * b[l] + c[l])
+    }
+
+    #[inline(always)]
+    fn sum(self, v: [f32; 16]) -> f32 {
+        v.iter().sum()
+    }
+}

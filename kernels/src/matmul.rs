@@ -1,0 +1,254 @@
+//! TABLE of matmul kernels: out[token][row] = Σ weight[row][col] · activation[token][col].
+//!
+//! A fast kernel is one file a weight type ([`WeightDot`]), generic over the
+//! ISA vocabulary; it is written once and stands in the table once for every
+//! ISA. Where a type has no file of its own, `any_block` decodes to float and
+//! multiplies. A [`Matmul`] is a shape checked and a row chosen, once, when a
+//! weight is bound.
+
+pub mod activation;
+mod any_block;
+mod iq4;
+mod legacy;
+mod q4_k;
+mod q5_k;
+mod q6_k;
+pub mod reference;
+
+use crate::error::{Error, Result};
+use crate::isa::{self, Isa, Op};
+use crate::threads::{Matrix, Pool, Tile};
+use activation::{ActivationFormat, ActivationRow, Activations};
+use gguf::BlockType;
+use gguf::blocks::{self, Codec};
+use std::sync::OnceLock;
+
+/// One weight type's dot product, written once for all ISAs.
+pub trait WeightDot: Send + Sync + 'static {
+    /// The codec whose bytes it reads.
+    type Weights: Codec;
+    const ACTIVATION: ActivationFormat;
+    /// Largest error against [`reference`], as a share of Σ |weight·activation|.
+    const TOLERANCE: f32;
+
+    /// One row of weights with N tokens' activations; unpacking is shared.
+    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N];
+}
+
+/// A row of the table.
+pub trait MatmulKernel: Send + Sync {
+    fn block(&self) -> &'static BlockType;
+    fn isa(&self) -> &'static str;
+    /// `TYPE/isa`, or `TYPE/isa/decode` where the weights are decoded to float.
+    fn name(&self) -> String;
+    fn activation(&self) -> ActivationFormat;
+    fn tolerance(&self) -> f32;
+    /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each.
+    fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>);
+}
+
+struct Row<I, W> {
+    isa: I,
+    block: &'static BlockType,
+    weights: std::marker::PhantomData<fn() -> W>,
+}
+
+/// Tokens that share one unpacking of a row of weights.
+const GROUP: usize = 4;
+
+struct TileOp<'a, 'b, W> {
+    weights: &'a [u8],
+    row_bytes: usize,
+    acts: &'a Activations,
+    tile: &'a mut Tile<'b>,
+    kind: std::marker::PhantomData<fn() -> W>,
+}
+
+impl<W: WeightDot> Op for TileOp<'_, '_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let TileOp { weights, row_bytes, acts, tile, .. } = self;
+        let (rows, first) = (tile.cols.clone(), tile.cols.start);
+        let mut t = tile.rows.start;
+        while t < tile.rows.end {
+            if t + GROUP <= tile.rows.end {
+                let group: [ActivationRow<'_>; GROUP] = std::array::from_fn(|i| acts.row(t + i));
+                for r in rows.clone() {
+                    let y = W::dot::<I, GROUP>(isa, &weights[r * row_bytes..(r + 1) * row_bytes], &group);
+                    for (i, y) in y.into_iter().enumerate() {
+                        tile.row_mut(t + i)[r - first] = y;
+                    }
+                }
+                t += GROUP;
+            } else {
+                let one = [acts.row(t)];
+                let out = tile.row_mut(t);
+                for r in rows.clone() {
+                    out[r - first] = W::dot::<I, 1>(isa, &weights[r * row_bytes..(r + 1) * row_bytes], &one)[0];
+                }
+                t += 1;
+            }
+        }
+    }
+}
+
+impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
+    fn block(&self) -> &'static BlockType {
+        self.block
+    }
+
+    fn isa(&self) -> &'static str {
+        I::NAME
+    }
+
+    fn name(&self) -> String {
+        let how = if W::ACTIVATION == ActivationFormat::Float { "/decode" } else { "" };
+        format!("{}/{}{how}", self.block.name, I::NAME)
+    }
+
+    fn activation(&self) -> ActivationFormat {
+        W::ACTIVATION
+    }
+
+    fn tolerance(&self) -> f32 {
+        W::TOLERANCE
+    }
+
+    fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
+        self.isa.vectorize(TileOp::<W> { weights, row_bytes, acts, tile, kind: std::marker::PhantomData });
+    }
+}
+
+fn row<I: Isa, W: WeightDot>(isa: I, block: &'static BlockType) -> Box<dyn MatmulKernel> {
+    Box::new(Row::<I, W> { isa, block, weights: std::marker::PhantomData })
+}
+
+/// The fast kernels of one ISA: one line a weight type's file.
+fn fast_rows<I: Isa>(isa: I, out: &mut Vec<Box<dyn MatmulKernel>>) {
+    out.push(row::<I, legacy::Q4_0>(isa, &blocks::Q4_0));
+    out.push(row::<I, legacy::Q4_1>(isa, &blocks::Q4_1));
+    out.push(row::<I, legacy::Q5_0>(isa, &blocks::Q5_0));
+    out.push(row::<I, legacy::Q5_1>(isa, &blocks::Q5_1));
+    out.push(row::<I, legacy::Q8_0>(isa, &blocks::Q8_0));
+    out.push(row::<I, q4_k::Dot>(isa, &blocks::Q4_K));
+    out.push(row::<I, q5_k::Dot>(isa, &blocks::Q5_K));
+    out.push(row::<I, q6_k::Dot>(isa, &blocks::Q6_K));
+    out.push(row::<I, iq4::NlDot>(isa, &blocks::IQ4_NL));
+    out.push(row::<I, iq4::XsDot>(isa, &blocks::IQ4_XS));
+}
+
+fn decode_rows<I: Isa>(isa: I, out: &mut Vec<Box<dyn MatmulKernel>>) {
+    macro_rules! rows {
+        ($($name:ident $module:ident :: $codec:ident $id:literal $mode:ident,)*) => {
+            $(out.push(row::<I, any_block::Decoded<blocks::$module::$codec>>(isa, &blocks::$name));)*
+        };
+    }
+    gguf::for_each_codec!(rows);
+}
+
+/// Every kernel this CPU can run, best first: by ISA, fast before decode-then-dot.
+pub fn table() -> &'static [Box<dyn MatmulKernel>] {
+    static TABLE: OnceLock<Vec<Box<dyn MatmulKernel>>> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut out = Vec::new();
+        macro_rules! all {
+            ($($isa:ty),*) => {
+                $(if let Some(isa) = <$isa as Isa>::detect() {
+                    fast_rows(isa, &mut out);
+                    decode_rows(isa, &mut out);
+                })*
+            };
+        }
+        isa_rows!(all);
+        out
+    })
+}
+use crate::isa_rows;
+
+/// The best row for a type on the ISA in force.
+pub fn choose(block: &'static BlockType) -> Result<&'static dyn MatmulKernel> {
+    table().iter().find(|k| k.block() == block && k.isa() == isa::selected()).map(|k| &**k).ok_or(Error::NoKernel { type_name: block.name })
+}
+
+/// A weight matrix's shape and its kernel.
+#[derive(Clone, Copy)]
+pub struct Matmul {
+    kernel: &'static dyn MatmulKernel,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+}
+
+/// One product of a group that shares its activations: the plan, its weights, and where the result goes.
+pub struct Job<'a> {
+    pub plan: Matmul,
+    pub weights: &'a [u8],
+    /// tokens × rows
+    pub out: &'a mut [f32],
+}
+
+impl Matmul {
+    pub fn new(block: &'static BlockType, rows: usize, cols: usize) -> Result<Matmul> {
+        Matmul::with_kernel(choose(block)?, rows, cols)
+    }
+
+    /// As `new`, with a kernel of the caller's choice (tests and benches).
+    pub fn with_kernel(kernel: &'static dyn MatmulKernel, rows: usize, cols: usize) -> Result<Matmul> {
+        let block = kernel.block();
+        if !cols.is_multiple_of(block.block_len) {
+            return Err(Error::WrongBytes { type_name: block.name, rows, cols, expected: 0, got: 0 });
+        }
+        Ok(Matmul { kernel, rows, cols, row_bytes: block.bytes_for(cols as u64) as usize })
+    }
+
+    pub fn kernel(&self) -> &'static dyn MatmulKernel {
+        self.kernel
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn activation(&self) -> ActivationFormat {
+        self.kernel.activation()
+    }
+
+    /// Errors unless `weights` has exactly the matrix's bytes.
+    pub fn check(&self, weights: &[u8]) -> Result<()> {
+        let expected = self.rows * self.row_bytes;
+        if weights.len() == expected {
+            return Ok(());
+        }
+        Err(Error::WrongBytes { type_name: self.kernel.block().name, rows: self.rows, cols: self.cols, expected, got: weights.len() })
+    }
+}
+
+/// Rows of weights a thread takes at a time: enough to amortise the hand-out,
+/// small enough (about 64 KiB) that they stay in L2 while all tokens pass.
+fn rows_per_tile(plan: &Matmul, n_threads: usize) -> usize {
+    let by_cache = (64 << 10) / plan.row_bytes.max(1);
+    let by_share = plan.rows.div_ceil(8 * n_threads);
+    by_cache.min(by_share).max(4)
+}
+
+/// Runs all jobs of a group in one parallel step. The jobs must accept `acts`' format.
+pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
+    let n = acts.n_tokens();
+    let inputs: Vec<(Matmul, &[u8])> = jobs.iter().map(|j| (j.plan, j.weights)).collect();
+    for (plan, weights) in &inputs {
+        assert!(plan.activation() == acts.format() && plan.cols == acts.cols(), "activations do not fit the kernel");
+        assert!(weights.len() == plan.rows * plan.row_bytes, "weights do not fit the plan");
+    }
+    let mut outs: Vec<Matrix<'_>> =
+        jobs.iter_mut().map(|j| Matrix::new(j.out, n, j.plan.rows, n, rows_per_tile(&j.plan, pool.n_threads()))).collect();
+    pool.for_each_tile(&mut outs, |i, tile| {
+        let (plan, weights) = &inputs[i];
+        plan.kernel.run(weights, plan.row_bytes, acts, tile);
+    });
+}

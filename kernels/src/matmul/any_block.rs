@@ -1,0 +1,43 @@
+//! Decode-then-dot: the kernel of every type that has no file of its own, and
+//! of F32, F16 and BF16. 256 weights at a time are decoded to floats on the
+//! stack and multiplied with the unquantized activations.
+
+use super::WeightDot;
+use super::activation::{ActivationFormat, ActivationRow};
+use crate::isa::Isa;
+use gguf::blocks::Codec;
+
+pub struct Decoded<C>(std::marker::PhantomData<fn() -> C>);
+
+const CHUNK: usize = 256;
+
+impl<C: Codec + 'static> WeightDot for Decoded<C> {
+    type Weights = C;
+    const ACTIVATION: ActivationFormat = ActivationFormat::Float;
+    // Float rounding of a sum of up to 2^16 products, 16 lanes wide.
+    const TOLERANCE: f32 = 4e-6;
+
+    #[inline(always)]
+    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
+        let mut w = [0.0f32; CHUNK];
+        let mut acc = [isa.zero_float(); N];
+        let mut tail = [0.0f32; N];
+        let chunk_bytes = CHUNK / C::LEN * C::BYTES;
+        for (i, bytes) in row.chunks(chunk_bytes).enumerate() {
+            let n = bytes.len() / C::BYTES * C::LEN;
+            C::decode(bytes, &mut w[..n]);
+            for t in 0..N {
+                let x = &acts[t].x[i * CHUNK..i * CHUNK + n];
+                let (wc, wr) = w[..n].as_chunks::<16>();
+                let (xc, xr) = x.as_chunks::<16>();
+                for (w, x) in wc.iter().zip(xc) {
+                    acc[t] = isa.mul_add(isa.load_float(w), isa.load_float(x), acc[t]);
+                }
+                for (w, x) in wr.iter().zip(xr) {
+                    tail[t] += w * x;
+                }
+            }
+        }
+        std::array::from_fn(|t| isa.sum(acc[t]) + tail[t])
+    }
+}

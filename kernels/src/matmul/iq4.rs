@@ -1,0 +1,73 @@
+//! IQ4_NL and IQ4_XS: nibbles that index sixteen signed values. NL has a
+//! float scale a 32 (as the legacy types), XS a 6-bit one under a float a 256.
+
+use super::WeightDot;
+use super::activation::{ActivationFormat, ActivationRow};
+use super::q4_k::sub_blocks;
+use crate::isa::Isa;
+use gguf::blocks;
+use gguf::blocks::iq4_nl::VALUES;
+
+pub struct NlDot;
+
+impl WeightDot for NlDot {
+    type Weights = blocks::iq4_nl::Iq4Nl;
+    const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per32;
+    // Float rounding of one product a block and lane.
+    const TOLERANCE: f32 = 4e-6;
+
+    #[inline(always)]
+    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
+        let (blocks, _) = row.as_chunks::<18>();
+        let mut acc = [isa.zero_float(); N];
+        for (pair, ab) in blocks.chunks(2).enumerate() {
+            // An odd last block is paired with itself: the padded activations beyond the row are 0.
+            let (a, b) = (&ab[0], ab.get(1).unwrap_or(&ab[0]));
+            let q = isa.nibbles(a[2..].first_chunk().expect("16 bytes"), b[2..].first_chunk().expect("16 bytes"));
+            let w = isa.lookup(&VALUES, q);
+            let (da, db) = (isa.f16(u16::from_le_bytes([a[0], a[1]])), isa.f16(u16::from_le_bytes([b[0], b[1]])));
+            for t in 0..N {
+                let (lo, hi) = acts[t].q[64 * pair..64 * pair + 64].split_at(32);
+                let v = isa.load_halves(lo.first_chunk().expect("32 values"), hi.first_chunk().expect("32 values"));
+                let p = isa.dot_signed(isa.zero_int(), w, v);
+                let d = isa.halves_float(da * acts[t].d[2 * pair], db * acts[t].d[2 * pair + 1]);
+                acc[t] = isa.mul_add(isa.to_float(p), d, acc[t]);
+            }
+        }
+        acc.map(|a| isa.sum(a))
+    }
+}
+
+pub struct XsDot;
+
+impl WeightDot for XsDot {
+    type Weights = blocks::iq4_xs::Iq4Xs;
+    const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
+    // Integers are exact; floats enter once a super-block.
+    const TOLERANCE: f32 = 4e-6;
+
+    #[inline(always)]
+    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
+        let mut acc = [isa.zero_float(); N];
+        for (i, b) in row.as_chunks::<136>().0.iter().enumerate() {
+            let d = isa.f16(u16::from_le_bytes([b[0], b[1]]));
+            let high = u16::from_le_bytes([b[2], b[3]]);
+            let scale = |s: usize| i32::from(b[4 + s / 2] >> (4 * (s % 2)) & 15) + i32::from(high >> (2 * s) & 3) * 16 - 32;
+            let mut sum = [isa.zero_int(); N];
+            for pair in 0..4 {
+                let at = 8 + 32 * pair;
+                let q = isa.nibbles(b[at..].first_chunk().expect("16 bytes"), b[at + 16..].first_chunk().expect("16 bytes"));
+                let w = isa.lookup(&VALUES, q);
+                let s = isa.halves_int(scale(2 * pair), scale(2 * pair + 1));
+                for t in 0..N {
+                    let p = isa.dot_signed(isa.zero_int(), w, sub_blocks(isa, acts[t].q, i, 2 * pair, 2 * pair + 1));
+                    sum[t] = isa.mul_add_int(sum[t], p, s);
+                }
+            }
+            for t in 0..N {
+                acc[t] = isa.mul_add(isa.to_float(sum[t]), isa.splat(d * acts[t].d[i]), acc[t]);
+            }
+        }
+        acc.map(|a| isa.sum(a))
+    }
+}

@@ -1,0 +1,319 @@
+//! One persistent thread pool for the decode loop. A layer has a handful of
+//! parallel steps of a few microseconds each, so workers spin for a while
+//! before they sleep: waking a sleeping thread costs more than such a step.
+//!
+//! The pool hands out *tiles* of output matrices, each exactly once, which is
+//! what makes concurrent writes into one buffer safe without locks.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+
+/// Spins before a worker sleeps: about 50–100 µs, several times the longest
+/// gap between two parallel steps of one token.
+const SPINS: u32 = 30_000;
+
+type Job = *const (dyn Fn(usize) + Sync);
+
+struct Shared {
+    /// Rises by one with each job; workers watch it.
+    epoch: AtomicUsize,
+    job: Mutex<Option<JobPtr>>,
+    /// Workers that have not finished the current job.
+    running: AtomicUsize,
+    stop: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    sleepers: AtomicUsize,
+    gate: Mutex<()>,
+    wake: Condvar,
+}
+
+#[derive(Clone, Copy)]
+struct JobPtr(Job);
+
+// SAFETY: the pointee is Sync, and `Pool::run` keeps it alive until every
+// worker has finished with it.
+unsafe impl Send for JobPtr {}
+
+/// `n_threads` includes the caller of [`Pool::run`].
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One job at a time.
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// `n_threads` of 0 means [`default_threads`].
+    pub fn new(n_threads: usize) -> Pool {
+        let n = if n_threads == 0 { default_threads() } else { n_threads.min(1024) };
+        let shared = Arc::new(Shared {
+            epoch: AtomicUsize::new(0),
+            job: Mutex::new(None),
+            running: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            gate: Mutex::new(()),
+            wake: Condvar::new(),
+        });
+        let workers = (1..n)
+            .filter_map(|i| {
+                let shared = shared.clone();
+                // A thread that cannot be had only makes the pool smaller.
+                std::thread::Builder::new().name(format!("grist-{i}")).spawn(move || worker(&shared, i)).ok()
+            })
+            .collect();
+        Pool { shared, workers, turn: Mutex::new(()) }
+    }
+
+    pub fn n_threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `f(i)` once on every thread, `i` from 0 (the caller). Returns when all have returned.
+    pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
+        let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        if self.workers.is_empty() {
+            return f(0);
+        }
+        let s = &*self.shared;
+        // SAFETY: only the lifetime is erased; `Finish` below does not let this
+        // function return, even by unwinding, before `running` is 0 again, and
+        // workers touch the job only before they decrement it.
+        let job = JobPtr(unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) });
+        *s.job.lock().unwrap_or_else(|e| e.into_inner()) = Some(job);
+        s.running.store(self.workers.len(), Ordering::Release);
+        s.epoch.fetch_add(1, Ordering::SeqCst);
+        if s.sleepers.load(Ordering::SeqCst) > 0 {
+            let _gate = s.gate.lock().unwrap_or_else(|e| e.into_inner());
+            s.wake.notify_all();
+        }
+        {
+            let _finish = Finish(s);
+            f(0);
+        }
+        if let Some(p) = s.panic.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            std::panic::resume_unwind(p);
+        }
+    }
+
+    /// Calls `f(i)` once for each `i < n`, on whichever thread is free.
+    pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
+        let next = AtomicUsize::new(0);
+        self.run(&|_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= n {
+                    return;
+                }
+                f(i);
+            }
+        });
+    }
+
+    /// Calls `f(matrix, tile)` once for every tile of every matrix, in any order, on any thread.
+    pub fn for_each_tile(&self, matrices: &mut [Matrix<'_>], f: impl Fn(usize, &mut Tile<'_>) + Sync) {
+        let mut starts = vec![0usize];
+        for m in matrices.iter() {
+            starts.push(starts[starts.len() - 1] + m.n_tiles());
+        }
+        let shared: Vec<SharedMatrix> = matrices.iter_mut().map(SharedMatrix::new).collect();
+        self.for_each(starts[starts.len() - 1], |i| {
+            let which = starts.partition_point(|&s| s <= i) - 1;
+            // SAFETY: `for_each` gives out each `i` once, so each tile exists once.
+            let mut tile = unsafe { shared[which].tile(i - starts[which]) };
+            f(which, &mut tile);
+        });
+    }
+}
+
+/// Waits for the workers, whatever happens to the caller's own share.
+struct Finish<'a>(&'a Shared);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        let mut spins = 0u32;
+        while self.0.running.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        {
+            let _gate = self.shared.gate.lock().unwrap_or_else(|e| e.into_inner());
+            self.shared.wake.notify_all();
+        }
+        for w in self.workers.drain(..) {
+            let _ = w.join();
+        }
+    }
+}
+
+fn worker(s: &Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        let mut spins = 0;
+        while s.epoch.load(Ordering::SeqCst) == seen {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
+            let gate = s.gate.lock().unwrap_or_else(|e| e.into_inner());
+            s.sleepers.fetch_add(1, Ordering::SeqCst);
+            // Re-checked under the gate: `run` raises the epoch before it looks at `sleepers`.
+            if s.epoch.load(Ordering::SeqCst) == seen {
+                drop(s.wake.wait(gate).unwrap_or_else(|e| e.into_inner()));
+            }
+            s.sleepers.fetch_sub(1, Ordering::SeqCst);
+            spins = 0;
+        }
+        // Jobs do not overlap, so the epoch rose by exactly one.
+        seen += 1;
+        if s.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let job = *s.job.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(JobPtr(job)) = job {
+            // SAFETY: `run` keeps the closure alive until `running` reaches 0,
+            // which needs this thread's decrement below.
+            let f = unsafe { &*job };
+            if let Err(p) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(index))) {
+                *s.panic.lock().unwrap_or_else(|e| e.into_inner()) = Some(p);
+            }
+        }
+        s.running.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// `GRIST_THREADS`, else what the system grants this process (a container's
+/// CPU limit and affinity included).
+pub fn default_threads() -> usize {
+    std::env::var("GRIST_THREADS")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .filter(|&n: &usize| n > 0)
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+}
+
+/// A row-major output matrix, cut into tiles of at most `row_step` × `col_step`.
+pub struct Matrix<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_step: usize,
+    col_step: usize,
+}
+
+impl<'a> Matrix<'a> {
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize, row_step: usize, col_step: usize) -> Self {
+        assert!(rows.checked_mul(cols).is_some_and(|n| n <= data.len()), "the buffer is too small for {rows} × {cols}");
+        Matrix { data, rows, cols, row_step: row_step.max(1), col_step: col_step.max(1) }
+    }
+
+    fn n_tiles(&self) -> usize {
+        self.rows.div_ceil(self.row_step) * self.cols.div_ceil(self.col_step)
+    }
+}
+
+struct SharedMatrix<'a> {
+    data: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_step: usize,
+    col_step: usize,
+    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: threads write through it only by way of tiles, which are disjoint.
+unsafe impl Sync for SharedMatrix<'_> {}
+
+impl<'a> SharedMatrix<'a> {
+    fn new(m: &'a mut Matrix<'_>) -> Self {
+        SharedMatrix {
+            data: m.data.as_mut_ptr(),
+            rows: m.rows,
+            cols: m.cols,
+            row_step: m.row_step,
+            col_step: m.col_step,
+            lifetime: std::marker::PhantomData,
+        }
+    }
+
+    /// Tile `i`.
+    ///
+    /// # Safety
+    /// Each `i` is asked for at most once while the matrix is borrowed, so that tiles are disjoint.
+    unsafe fn tile(&self, i: usize) -> Tile<'_> {
+        let across = self.cols.div_ceil(self.col_step);
+        let (r, c) = (i / across * self.row_step, i % across * self.col_step);
+        Tile {
+            rows: r..(r + self.row_step).min(self.rows),
+            cols: c..(c + self.col_step).min(self.cols),
+            data: self.data,
+            stride: self.cols,
+            lifetime: std::marker::PhantomData,
+        }
+    }
+}
+
+/// Exclusive access to a rectangle of a matrix.
+pub struct Tile<'a> {
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
+    data: *mut f32,
+    stride: usize,
+    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+impl Tile<'_> {
+    /// This tile's part of `row`, a row of the whole matrix.
+    #[inline(always)]
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(self.rows.contains(&row));
+        // SAFETY: `row` and `cols` lie within the matrix (checked here and by
+        // SharedMatrix::tile), whose buffer holds rows × cols (checked by
+        // Matrix::new); no other tile covers these elements (SharedMatrix::tile's contract).
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.stride + self.cols.start), self.cols.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_index_is_visited_once_and_panics_come_back() {
+        let pool = Pool::new(4);
+        for n in [0usize, 1, 3, 1000] {
+            let hits: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            pool.for_each(n, |i| {
+                hits[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
+        }
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.run(&|i| assert!(i != 2, "thread two"))));
+        assert!(caught.is_err());
+        pool.run(&|_| ());
+    }
+
+    #[test]
+    fn tiles_cover_a_matrix_once() {
+        let pool = Pool::new(3);
+        let mut data = vec![0.0; 7 * 11];
+        pool.for_each_tile(&mut [Matrix::new(&mut data, 7, 11, 2, 4)], |_, tile| {
+            for r in tile.rows.clone() {
+                tile.row_mut(r).iter_mut().for_each(|x| *x += 1.0);
+            }
+        });
+        assert!(data.iter().all(|&x| x == 1.0));
+    }
+}

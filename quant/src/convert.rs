@@ -1,0 +1,411 @@
+//! The converter: one pass plans every tensor's type and offset from headers
+//! alone, a second streams the tensors through the encoders into the file.
+//!
+//! ```text
+//! map ─ rows as f32 (all cores) ─ finite? ─ encode ─▶ batch of bytes ─▶ writer thread ─▶ file
+//! ```
+//!
+//! Memory is a few batches of at most [`BATCH`] weights, whatever the model's
+//! size; source pages are given back as they are passed.
+
+use crate::checkpoint::{Checkpoint, Rows, Style};
+use crate::config;
+use crate::error::{Error, Result};
+use crate::mix::{self, Mix, Override};
+use crate::tokenizer_meta;
+use gguf::arch::{RopeLayout, TensorRule, Transform};
+use gguf::blocks::{EncodeFn, F32};
+use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, Writer};
+use rayon::prelude::*;
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+
+/// Weights encoded between two hand-overs to the writer: 32 MiB at most in
+/// F32, of which three exist at a time.
+const BATCH: usize = 8 << 20;
+/// Weights a worker converts at a time: 256 KiB of f32, within L2.
+const CHUNK: usize = 64 << 10;
+
+pub struct ConvertOptions {
+    pub mix: &'static Mix,
+    pub overrides: Vec<Override>,
+    /// Name of the pre-tokenizer, where the file's own is not recognised.
+    pub pre: Option<String>,
+    /// 0: all that the system grants.
+    pub threads: usize,
+}
+
+impl ConvertOptions {
+    pub fn new(mix: &'static Mix) -> Self {
+        ConvertOptions { mix, overrides: vec![], pre: None, threads: 0 }
+    }
+}
+
+/// What a conversion tells its caller while it runs.
+pub trait Progress: Sync {
+    /// `weights` more weights of `tensor` are done.
+    fn advanced(&self, _tensor: &str, _weights: u64) {}
+    /// True stops the conversion; nothing is left behind.
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// No progress wanted.
+pub struct Silent;
+impl Progress for Silent {}
+
+enum Source {
+    Checkpoint(Checkpoint),
+    Gguf(ModelFile),
+}
+
+/// Where a tensor's values come from.
+enum Origin {
+    /// One checkpoint tensor, or one an expert; rows permuted within heads of this many rows.
+    Checkpoint {
+        names: Vec<String>,
+        head_dim: Option<usize>,
+    },
+    Computed(Vec<f32>),
+    Gguf,
+}
+
+/// Everything that is decided before a weight is read.
+pub struct Plan {
+    source: Source,
+    layout: Layout,
+    origins: Vec<Origin>,
+    /// Things worth telling the user, one line each.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn total_weights(&self) -> u64 {
+        self.layout.tensors().iter().map(TensorInfo::n_elements).sum()
+    }
+
+    /// Bytes of the source's weight files.
+    pub fn source_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Checkpoint(c) => c.file_bytes(),
+            Source::Gguf(f) => f.file_bytes(),
+        }
+    }
+
+    /// The values of tensor `i`, row by row.
+    pub(crate) fn values(&self, i: usize) -> Result<Values<'_>> {
+        let info = &self.layout.tensors()[i];
+        Ok(match (&self.origins[i], &self.source) {
+            (Origin::Computed(v), _) => Values::Computed(v),
+            (Origin::Checkpoint { names, head_dim }, Source::Checkpoint(c)) => {
+                let parts = names.iter().map(|n| c.rows(n)).collect::<Result<Vec<_>>>()?;
+                Values::Checkpoint { rows_per_part: parts[0].n_rows, parts, head_dim: *head_dim }
+            }
+            (_, Source::Gguf(file)) => {
+                let view = file.tensor(info.name())?;
+                let decode = kernels::encode::decoder(view.info.block()).ok_or_else(|| gguf::Error::CannotDecode {
+                    tensor: info.name().to_owned(),
+                    type_name: view.info.block().name,
+                    known: gguf::blocks::decodable_names(),
+                })?;
+                Values::Gguf { bytes: view.bytes, row_bytes: view.info.row_bytes() as usize, decode, block: view.info.block() }
+            }
+            (Origin::Gguf, Source::Checkpoint(_)) => unreachable!("origins are made with their source"),
+        })
+    }
+}
+
+/// A tensor's values as rows of f32.
+pub(crate) enum Values<'a> {
+    Computed(&'a [f32]),
+    Checkpoint { parts: Vec<Rows<'a>>, rows_per_part: usize, head_dim: Option<usize> },
+    Gguf { bytes: &'a [u8], row_bytes: usize, decode: gguf::blocks::DecodeFn, block: &'static BlockType },
+}
+
+/// The halves-form row that becomes row `r` in adjacent-pair form: within a
+/// head of d rows, row 2i comes from i and row 2i + 1 from i + d/2.
+fn halves_row(r: usize, d: usize) -> usize {
+    let j = r % d;
+    r - j + (j % 2) * (d / 2) + j / 2
+}
+
+impl Values<'_> {
+    pub(crate) fn read(&self, r: usize, out: &mut [f32]) {
+        match self {
+            Values::Computed(v) => out.copy_from_slice(&v[r * out.len()..(r + 1) * out.len()]),
+            Values::Checkpoint { parts, rows_per_part, head_dim } => {
+                let part = &parts[r / rows_per_part];
+                match head_dim {
+                    Some(d) if *rows_per_part > 1 => part.read(halves_row(r % rows_per_part, *d), out),
+                    Some(d) => {
+                        // A bias: its elements are permuted as the matrix's rows are.
+                        let mut plain = vec![0.0; out.len()];
+                        part.read(0, &mut plain);
+                        for (i, o) in out.iter_mut().enumerate() {
+                            *o = plain[halves_row(i, *d)];
+                        }
+                    }
+                    None => part.read(r % rows_per_part, out),
+                }
+            }
+            Values::Gguf { bytes, row_bytes, decode, .. } => decode(&bytes[r * row_bytes..(r + 1) * row_bytes], out),
+        }
+    }
+
+    fn release_before(&self, r: usize) {
+        if let Values::Checkpoint { parts, rows_per_part, .. } = self {
+            for (i, p) in parts.iter().enumerate() {
+                p.release_before(r.saturating_sub(i * rows_per_part).min(*rows_per_part));
+            }
+        }
+    }
+}
+
+/// Opens `source` (a checkpoint folder, a `.safetensors` beside its config, or a GGUF) and decides everything.
+pub fn plan(source: &Path, options: &ConvertOptions) -> Result<Plan> {
+    if source.extension().is_some_and(|e| e == "gguf") && source.is_file() {
+        return plan_gguf(ModelFile::open(source)?, options);
+    }
+    plan_checkpoint(Checkpoint::open(source)?, options)
+}
+
+fn plan_checkpoint(c: Checkpoint, options: &ConvertOptions) -> Result<Plan> {
+    let d = config::describe(&c)?;
+    let mut metadata = d.metadata;
+    tokenizer_meta::write(&c, options.pre.as_deref(), d.vocab, &mut metadata)?;
+    metadata.set_u32("general.file_type", options.mix.file_type);
+    metadata.set_u32("general.quantization_version", 2);
+    let h = Hparams::from_metadata(&metadata).map_err(|e| Error::config(&c.config_path, "hyper-parameters", e.to_string()))?;
+
+    let hf = c.style == Style::HuggingFace;
+    let name_of = |r: &TensorRule| if hf { r.hf } else { r.native };
+    let tied_by_config = c.config.get("tie_word_embeddings") == Some(&serde_json::Value::Bool(true))
+        || c.config.pointer("/text_config/tie_word_embeddings") == Some(&serde_json::Value::Bool(true));
+    let output_name = h.arch.rule(gguf::arch::Role::Output).map(name_of).unwrap_or("");
+    let tied = tied_by_config || !c.contains(output_name);
+
+    let mut used = HashSet::new();
+    if tied {
+        used.insert(output_name.to_owned());
+    }
+    let (mut tensors, mut origins) = (Vec::new(), Vec::new());
+    let rules: Vec<&TensorRule> = h.arch.rules().collect();
+    let ordered = rules.iter().filter(|r| !r.per_layer()).map(|r| (*r, 0));
+    let layers = (0..h.n_layers).flat_map(|l| rules.iter().filter(|r| r.per_layer()).map(move |r| (*r, l)));
+    for (rule, layer) in ordered.chain(layers) {
+        let dims = rule.dims(&h);
+        let origin = match rule.transform {
+            Transform::Computed => match &d.rope_factors {
+                Some(f) => Origin::Computed(f.clone()),
+                None => continue,
+            },
+            _ => {
+                let Some(names) = checkpoint_names(&c, rule, name_of(rule), layer, &h)? else { continue };
+                if tied && rule.role == gguf::arch::Role::Output {
+                    continue;
+                }
+                check_shapes(&c, &names, rule, &dims)?;
+                used.extend(names.iter().cloned());
+                let rotates =
+                    hf && h.arch.rope == RopeLayout::AdjacentPairs && matches!(rule.transform, Transform::RotateQ | Transform::RotateK);
+                Origin::Checkpoint { names, head_dim: rotates.then_some(h.head_dim as usize) }
+            }
+        };
+        let name = rule.gguf_name(layer);
+        tensors.push((name.clone(), dims.clone(), choose(&name, &dims, &h, tied, options)));
+        origins.push(origin);
+    }
+    let unknown: Vec<&str> = c.names().filter(|n| !used.contains(*n)).collect();
+    if let Some(first) = unknown.first() {
+        return Err(Error::UnknownTensors { path: c.folder.clone(), arch: h.arch.name, tensor: (*first).to_owned(), count: unknown.len() });
+    }
+    let layout = Layout::new(metadata, tensors)?;
+    Ok(Plan { source: Source::Checkpoint(c), layout, origins, notes: vec![] })
+}
+
+/// The checkpoint tensors a rule takes; None where it takes none and need not.
+fn checkpoint_names(c: &Checkpoint, rule: &TensorRule, template: &str, layer: u64, h: &Hparams) -> Result<Option<Vec<String>>> {
+    let name = template.replace("{}", &layer.to_string());
+    let wanted = rule.wanted(h);
+    if wanted == Some(false) || template.is_empty() {
+        return Ok(None);
+    }
+    let names: Vec<String> = match rule.transform {
+        Transform::StackExperts => (0..h.n_experts).map(|e| name.replace("{e}", &e.to_string())).collect(),
+        _ => vec![name],
+    };
+    match names.iter().find(|n| !c.contains(n)) {
+        None => Ok(Some(names)),
+        Some(_) if wanted.is_none() => Ok(None),
+        Some(missing) => Err(Error::MissingTensor { tensor: missing.clone(), path: c.folder.clone() }),
+    }
+}
+
+fn check_shapes(c: &Checkpoint, names: &[String], rule: &TensorRule, dims: &[u64]) -> Result<()> {
+    // Checkpoint shapes are outermost first, and an expert's lacks the stacking dimension.
+    let mut wanted: Vec<u64> = dims.iter().rev().copied().collect();
+    if rule.transform == Transform::StackExperts {
+        wanted.remove(0);
+    }
+    for n in names {
+        if c.shape(n) != Some(&wanted) {
+            return Err(c.bad_tensor(n, format!("its shape is {:?}, the config asks for {wanted:?}", c.shape(n).unwrap_or(&[]))));
+        }
+    }
+    Ok(())
+}
+
+fn choose(name: &str, dims: &[u64], h: &Hparams, tied: bool, options: &ConvertOptions) -> &'static BlockType {
+    if !mix::is_quantizable(name, dims.len()) {
+        return &F32;
+    }
+    if let Some(o) = options.overrides.iter().find(|o| o.applies(name)) {
+        return mix::fit_row(o.block, dims[0]);
+    }
+    options.mix.type_of(name, dims[0], h, tied, false)
+}
+
+fn plan_gguf(file: ModelFile, options: &ConvertOptions) -> Result<Plan> {
+    let mut metadata = file.metadata().clone();
+    metadata.remove(|k| k.starts_with("split."));
+    metadata.set_u32("general.file_type", options.mix.file_type);
+    metadata.set_u32("general.quantization_version", 2);
+    let h = Hparams::from_metadata(&metadata).map_err(|e| e.in_file(file.path()))?;
+    let tied = file.get("output.weight").is_none();
+    let mut tensors = Vec::new();
+    let mut notes = Vec::new();
+    for t in file.tensors() {
+        let (name, dims) = (t.info.name(), t.info.dims());
+        // What is not quantized keeps its type, as a float a small tensor was given on purpose.
+        let block = if mix::is_quantizable(name, dims.len()) { choose(name, dims, &h, tied, options) } else { t.info.block() };
+        if !t.info.block().is_plain() && notes.is_empty() {
+            notes.push(format!(
+                "{} is already quantized ({} in {}); requantizing loses more than quantizing the original",
+                file.path().display(),
+                t.info.block().name,
+                name
+            ));
+        }
+        tensors.push((name.to_owned(), dims.to_vec(), block));
+    }
+    let origins = tensors.iter().map(|_| Origin::Gguf).collect();
+    let layout = Layout::new(metadata, tensors)?;
+    Ok(Plan { source: Source::Gguf(file), layout, origins, notes })
+}
+
+/// Streams the planned tensors into `target`, which appears only when whole.
+pub fn convert(plan: &Plan, target: &Path, threads: usize, progress: &dyn Progress) -> Result<()> {
+    refuse_overwriting_source(plan, target)?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| Error::Worker { reason: e.to_string() })?;
+    let mut writer = Writer::create(target, plan.layout.clone())?;
+    let (send, receive) = sync_channel::<Vec<u8>>(1);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(move || -> Result<Writer> {
+            for bytes in receive {
+                writer.write(&bytes)?;
+            }
+            Ok(writer)
+        });
+        let encoded = (0..plan.layout.tensors().len())
+            .try_for_each(|i| convert_tensor(plan, i, &pool, progress, &|bytes| send.send(bytes).map_err(|_| Error::Cancelled)));
+        drop(send);
+        let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
+        // A writer that failed closes the channel, so its error is the cause and comes first.
+        let writer = written?;
+        encoded?;
+        writer.finish()?;
+        Ok(())
+    })
+}
+
+fn refuse_overwriting_source(plan: &Plan, target: &Path) -> Result<()> {
+    if let Source::Gguf(f) = &plan.source
+        && let (Ok(a), Ok(b)) = (f.path().canonicalize(), target.canonicalize())
+        && a == b
+    {
+        return Err(Error::SameFile { source_path: f.path().to_owned(), target: target.to_owned() });
+    }
+    Ok(())
+}
+
+fn convert_tensor(
+    plan: &Plan,
+    i: usize,
+    pool: &rayon::ThreadPool,
+    progress: &dyn Progress,
+    emit: &dyn Fn(Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let info = &plan.layout.tensors()[i];
+    let values = plan.values(i)?;
+    let (cols, rows, row_bytes) = (info.row_len() as usize, info.n_rows() as usize, info.row_bytes() as usize);
+    let encode = kernels::encode::encoder(info.block()).ok_or(gguf::Error::CannotEncode { type_name: info.block().name })?;
+    let copy = match &values {
+        Values::Gguf { bytes, block, .. } if *block == info.block() => Some(*bytes),
+        _ => None,
+    };
+    let bad = (AtomicU64::new(0), AtomicU64::new(0));
+    let batch_rows = (BATCH / cols).max(1);
+    let chunk_rows = (CHUNK / cols).max(1);
+    for first in (0..rows).step_by(batch_rows) {
+        if progress.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let n = batch_rows.min(rows - first);
+        let mut out = vec![0u8; n * row_bytes];
+        match copy {
+            Some(bytes) => out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]),
+            None => pool.install(|| {
+                out.par_chunks_mut(chunk_rows * row_bytes).enumerate().for_each(|(k, out)| {
+                    encode_rows(&values, first + k * chunk_rows, cols, row_bytes, encode, out, &bad);
+                });
+            }),
+        }
+        values.release_before(first + n);
+        progress.advanced(info.name(), (n * cols) as u64);
+        emit(out)?;
+    }
+    let (nan, inf) = (bad.0.into_inner(), bad.1.into_inner());
+    if nan + inf > 0 {
+        return Err(Error::NotFinite { tensor: info.name().to_owned(), nan, inf, total: info.n_elements() });
+    }
+    Ok(())
+}
+
+fn encode_rows(
+    values: &Values,
+    first: usize,
+    cols: usize,
+    row_bytes: usize,
+    encode: EncodeFn,
+    out: &mut [u8],
+    bad: &(AtomicU64, AtomicU64),
+) {
+    let n = out.len() / row_bytes;
+    let mut x = vec![0.0f32; n * cols];
+    for (r, x) in x.chunks_exact_mut(cols).enumerate() {
+        values.read(first + r, x);
+    }
+    if x.iter().any(|v| !v.is_finite()) {
+        let nan = x.iter().filter(|v| v.is_nan()).count() as u64;
+        bad.0.fetch_add(nan, Ordering::Relaxed);
+        bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
+        return; // The file will not be finished; do not feed the search what it cannot rank.
+    }
+    encode(&x, None, out);
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn halves_to_pairs() {
+        let rows: Vec<usize> = (0..8).map(|r| super::halves_row(r, 4)).collect();
+        assert_eq!(rows, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+}

@@ -1,0 +1,17 @@
+//! From a checkpoint as its publisher ships it to a GGUF file: reading
+//! safetensors and configs, choosing types, encoding, checking.
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+mod config;
+pub mod convert;
+mod error;
+pub mod mix;
+mod sentencepiece;
+pub mod synth;
+pub mod tokenizer_meta;
+pub mod verify;
+
+pub use checkpoint::Checkpoint;
+pub use convert::{ConvertOptions, Plan, Progress, convert, plan};
+pub use error::{Error, Result};

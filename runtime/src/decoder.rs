@@ -1,0 +1,206 @@
+//! The decoder: embedding, layers, final norm, head, over a batch of tokens.
+//! A long prompt passes in batches, so scratch memory does not grow with it.
+
+use crate::error::{Error, Result};
+use crate::kv_cache::KvCache;
+use crate::layers::attention::{self, norm_rows};
+use crate::layers::{Quantized, feed_forward};
+use crate::model::Model;
+use gguf::arch::Dim;
+use gguf::{Hparams, RopeScaling};
+use kernels::vecmath::RopeTable;
+use kernels::{ActivationFormat, Activations, Pool};
+
+/// Tokens that pass through the layers together.
+pub const BATCH: usize = 512;
+
+/// Which logits a caller needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Of the last token.
+    Last,
+    /// Of every token from this index of the given tokens on.
+    From(usize),
+}
+
+/// What all layers of one batch share.
+pub(crate) struct Step<'a> {
+    pub h: &'a Hparams,
+    pub pool: &'a Pool,
+    pub rope: &'a RopeTable,
+    pub n_tokens: usize,
+    pub first_pos: usize,
+}
+
+/// Buffers of one batch. Their sizes are `Scratch::lengths`, which the planner counts too.
+pub(crate) struct Scratch {
+    pub x: Vec<f32>,
+    pub normed: Vec<f32>,
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+    pub attended: Vec<f32>,
+    pub gate: Vec<f32>,
+    pub up: Vec<f32>,
+    pub expert_in: Vec<f32>,
+    pub expert_out: Vec<f32>,
+    pub router_scores: Vec<f32>,
+    pub quantized: Quantized,
+}
+
+impl Scratch {
+    /// Floats of each buffer, in the order of the fields.
+    fn lengths(h: &Hparams, batch: usize) -> [usize; 11] {
+        let moe = h.n_experts > 0;
+        let ffn = if moe { h.expert_ffn } else { h.ffn };
+        let expert = if moe { h.hidden } else { 0 };
+        let per_token =
+            [h.hidden, h.hidden, h.dim(Dim::Q), h.dim(Dim::K), h.dim(Dim::V), h.dim(Dim::AttnOut), ffn, ffn, expert, expert, h.n_experts];
+        per_token.map(|n| n as usize * batch)
+    }
+
+    /// Bytes that decoding with batches of `batch` tokens takes beside weights and KV cache.
+    pub fn bytes(h: &Hparams, batch: usize) -> u64 {
+        let floats: usize = Self::lengths(h, batch).iter().sum();
+        let widest = h.hidden.max(h.dim(Dim::AttnOut)).max(h.ffn).max(h.expert_ffn) as usize;
+        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float];
+        let quantized: usize = formats.iter().map(|f| Activations::bytes_for(*f, batch, widest)).sum();
+        (floats * 4 + quantized) as u64 + h.vocab * 4
+    }
+
+    fn new(h: &Hparams, batch: usize) -> Scratch {
+        let mut buffers = Self::lengths(h, batch).into_iter().map(|n| vec![0.0f32; n]);
+        let mut next = || buffers.next().unwrap_or_default();
+        Scratch {
+            x: next(),
+            normed: next(),
+            q: next(),
+            k: next(),
+            v: next(),
+            attended: next(),
+            gate: next(),
+            up: next(),
+            expert_in: next(),
+            expert_out: next(),
+            router_scores: next(),
+            quantized: Quantized::new(),
+        }
+    }
+}
+
+pub struct Decoder<'m> {
+    model: &'m Model,
+    scratch: Scratch,
+    /// Tokens that `scratch` holds.
+    batch: usize,
+    rope: RopeTable,
+    frequencies: Vec<f64>,
+    magnitude: f32,
+    logits: Vec<f32>,
+}
+
+impl<'m> Decoder<'m> {
+    pub fn new(model: &'m Model) -> Decoder<'m> {
+        let h = model.hparams();
+        let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
+        Decoder { model, scratch: Scratch::new(h, 1), batch: 1, rope: RopeTable::default(), frequencies, magnitude, logits: Vec::new() }
+    }
+
+    pub fn model(&self) -> &'m Model {
+        self.model
+    }
+
+    /// Appends `tokens` to `cache` and returns the wanted logits, rows of `vocab`.
+    pub fn forward(&mut self, pool: &Pool, cache: &mut KvCache, tokens: &[u32], want: Want) -> Result<&[f32]> {
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let needed = cache.len() + tokens.len();
+        if needed > cache.capacity() {
+            let hint = format!("raise --ctx (the model was trained for {})", self.model.hparams().context_length);
+            return Err(Error::ContextTooSmall { needed, available: cache.capacity(), hint });
+        }
+        let vocab = self.model.vocab();
+        if let Some(&id) = tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::BadToken { id, vocab });
+        }
+        let first_wanted = match want {
+            Want::Last => tokens.len() - 1,
+            Want::From(i) => i.min(tokens.len() - 1),
+        };
+        self.logits.clear();
+        for (i, batch) in tokens.chunks(BATCH).enumerate() {
+            let start = i * BATCH;
+            let from = first_wanted.saturating_sub(start);
+            self.run_batch(pool, cache, batch, from)?;
+        }
+        Ok(&self.logits)
+    }
+
+    /// One batch; logits of its tokens from `from` on are appended.
+    fn run_batch(&mut self, pool: &Pool, cache: &mut KvCache, tokens: &[u32], from: usize) -> Result<()> {
+        let h = self.model.hparams();
+        let (n, hidden) = (tokens.len(), h.hidden as usize);
+        if n > self.batch {
+            self.scratch = Scratch::new(h, n);
+            self.batch = n;
+        }
+        for (t, row) in tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
+            self.model.embed(*t, row)?;
+        }
+        let first_pos = cache.len();
+        self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
+        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos };
+        for (i, layer) in self.model.layers.iter().enumerate() {
+            attention::run(&step, i, &layer.attention, cache, &mut self.scratch);
+            feed_forward::run(&step, layer, &mut self.scratch);
+        }
+        cache.advance(n);
+        if from < n {
+            let s = &mut self.scratch;
+            let rows = (n - from) * hidden;
+            norm_rows(&s.x[from * hidden..n * hidden], &self.model.output_norm, h.rms_eps, &mut s.normed[..rows]);
+            let vocab = self.model.vocab();
+            let old = self.logits.len();
+            self.logits.resize(old + (n - from) * vocab, 0.0);
+            s.quantized.matmul(pool, &s.normed[..rows], hidden, &mut [(&self.model.output, &mut self.logits[old..])]);
+            // NaN spreads, so the last row tells whether anything went wrong on the way.
+            if !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { position: first_pos + n - 1 });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Angle per position of each rotated pair, and what cos and sin are multiplied with.
+///
+/// Plain: θ^(−2j/d). Linear: divided by the factor. YaRN (Peng et al. 2023):
+/// c(β) = d·ln(original/(2πβ)) / (2·ln θ); between ⌊c(fast)⌋ and ⌈c(slow)⌉ the
+/// frequency blends from unscaled to divided by the factor.
+pub(crate) fn rope_frequencies(h: &Hparams, factors: Option<&[f32]>) -> (Vec<f64>, f32) {
+    let d = h.rope_dim as f64;
+    let theta = f64::from(h.rope_base);
+    let plain = (0..h.rope_dim / 2).map(|j| {
+        let f = theta.powf(-2.0 * j as f64 / d);
+        match factors {
+            Some(divide) => f / f64::from(divide[j as usize]),
+            None => f,
+        }
+    });
+    match h.rope_scaling {
+        RopeScaling::None => (plain.collect(), 1.0),
+        RopeScaling::Linear { factor } => (plain.map(|f| f / f64::from(factor)).collect(), 1.0),
+        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, magnitude } => {
+            let correction =
+                |beta: f32| d * (original_context as f64 / (f64::from(beta) * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+            let low = correction(beta_fast).floor().max(0.0);
+            let high = correction(beta_slow).ceil().min(d - 1.0);
+            let blended = plain.enumerate().map(|(j, f)| {
+                let ramp = 1.0 - ((j as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                (1.0 - ramp) * f / f64::from(factor) + ramp * f
+            });
+            (blended.collect(), magnitude)
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Mixture of experts: a router scores all experts, the best few of each
+//! token run, weighted by the softmax over their scores (top-k of the softmax,
+//! renormalised, which is the same). Tokens are gathered by expert, so that
+//! each expert's weights are read once a batch.
+
+use crate::decoder::{Scratch, Step};
+use crate::model::{Mlp, Weight};
+use kernels::vecmath;
+
+pub(crate) fn run(step: &Step, router: &Weight, experts: &[Mlp], s: &mut Scratch) {
+    let (n, hidden, ffn) = (step.n_tokens, step.h.hidden as usize, step.h.expert_ffn as usize);
+    let used = step.h.n_experts_used as usize;
+    let Scratch { x, normed, gate, up, quantized, expert_in, expert_out, router_scores, .. } = s;
+    let scores = &mut router_scores[..n * experts.len()];
+    quantized.matmul(step.pool, &normed[..n * hidden], hidden, &mut [(router, &mut *scores)]);
+
+    // (token, share) of each expert.
+    let mut routed: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts.len()];
+    for (t, scores) in scores.chunks_exact(experts.len()).enumerate() {
+        let mut order: Vec<usize> = (0..experts.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        order.truncate(used);
+        let mut shares: Vec<f32> = order.iter().map(|&e| scores[e]).collect();
+        vecmath::softmax(&mut shares);
+        for (e, share) in order.into_iter().zip(shares) {
+            routed[e].push((t, share));
+        }
+    }
+
+    for (expert, tokens) in experts.iter().zip(&routed).filter(|(_, t)| !t.is_empty()) {
+        let m = tokens.len();
+        let input = &mut expert_in[..m * hidden];
+        for (row, (t, _)) in input.chunks_exact_mut(hidden).zip(tokens) {
+            row.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
+        }
+        let (gate, up) = (&mut gate[..m * ffn], &mut up[..m * ffn]);
+        quantized.matmul(step.pool, input, hidden, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
+        vecmath::swiglu(gate, up);
+        let out = &mut expert_out[..m * hidden];
+        quantized.matmul(step.pool, gate, ffn, &mut [(&expert.down, &mut *out)]);
+        for (row, (t, share)) in out.chunks_exact(hidden).zip(tokens) {
+            vecmath::add_scaled(&mut x[t * hidden..(t + 1) * hidden], row, *share);
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Running a model: the plan, the decoder, the KV cache, the tokenizer, the sampler, the session.
+#![forbid(unsafe_code)]
+
+pub mod chat_template;
+mod decoder;
+mod error;
+mod kv_cache;
+mod layers;
+mod model;
+pub mod perplexity;
+pub mod plan;
+mod prefetch;
+mod sampler;
+mod session;
+pub mod tokenizer;
+
+pub use decoder::{Decoder, Want};
+pub use error::{Error, Result};
+pub use kv_cache::{KvCache, KvType};
+pub use model::{Model, Weight};
+pub use plan::MemoryPlan;
+pub use prefetch::available_memory;
+pub use sampler::{Sampler, SamplerOptions};
+pub use session::{FinishReason, Generation, Session};
+pub use tokenizer::{Tokenizer, Utf8Stream};

@@ -1,0 +1,180 @@
+//! Perplexity by llama.cpp's protocol, so that figures compare: the text is
+//! tokenized once with BOS, cut into windows of `ctx` tokens, the first token
+//! of each replaced by BOS, and the second half of each window scored. With a
+//! reference, the divergence KL(reference ‖ model) of every scored position,
+//! both models side by side, no logits file.
+
+use crate::decoder::{Decoder, Want};
+use crate::error::{Error, Result};
+use crate::kv_cache::KvCache;
+use crate::model::Model;
+use crate::tokenizer::{EncodeOptions, Tokenizer};
+use kernels::{Pool, vecmath};
+
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    pub perplexity: f64,
+    /// Standard error of the perplexity.
+    pub perplexity_error: f64,
+    pub windows: usize,
+    pub scored: usize,
+    pub divergence: Option<Divergence>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Divergence {
+    pub reference_perplexity: f64,
+    /// Nats.
+    pub mean: f64,
+    pub standard_error: f64,
+    pub median: f64,
+    pub p99: f64,
+    pub p999: f64,
+    pub max: f64,
+    /// Share of positions where both models' likeliest token is the same.
+    pub top1_agreement: f64,
+    /// Root mean square change of the probability of the token that came.
+    pub rms_probability_change: f64,
+}
+
+pub struct Options {
+    pub context: usize,
+    /// 0: all.
+    pub max_windows: usize,
+}
+
+/// ln p of each token, from logits in place.
+fn log_softmax(logits: &mut [f32]) {
+    let mut e = logits.to_vec();
+    let max = e.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let total = vecmath::exp_minus_max(&mut e);
+    let shift = max + total.ln() as f32;
+    logits.iter_mut().for_each(|v| *v -= shift);
+}
+
+fn argmax(x: &[f32]) -> usize {
+    x.iter().enumerate().fold((0, f32::NEG_INFINITY), |b, (i, &v)| if v > b.1 { (i, v) } else { b }).0
+}
+
+/// Σ, Σ², n of a sample.
+#[derive(Default)]
+struct Moments {
+    n: f64,
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    fn add(&mut self, x: f64) {
+        self.n += 1.0;
+        self.sum += x;
+        self.squares += x * x;
+    }
+
+    fn mean(&self) -> f64 {
+        self.sum / self.n
+    }
+
+    fn standard_error(&self) -> f64 {
+        ((self.squares / self.n - self.mean().powi(2)).max(0.0) / (self.n - 1.0).max(1.0)).sqrt()
+    }
+}
+
+struct Runner<'m> {
+    decoder: Decoder<'m>,
+    cache: KvCache,
+}
+
+impl<'m> Runner<'m> {
+    fn new(model: &'m Model, context: usize) -> Result<Self> {
+        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context)? })
+    }
+
+    /// Log-probabilities at positions `first..` of the window.
+    fn window(&mut self, pool: &Pool, tokens: &[u32], first: usize) -> Result<Vec<f32>> {
+        self.cache.truncate(0);
+        let vocab = self.decoder.model().vocab();
+        let mut logits = self.decoder.forward(pool, &mut self.cache, tokens, Want::From(first))?.to_vec();
+        let rows: Vec<&mut [f32]> = logits.chunks_exact_mut(vocab).collect();
+        let rows = std::sync::Mutex::new(rows);
+        pool.for_each(tokens.len() - first, |_| {
+            let row = rows.lock().unwrap_or_else(|e| e.into_inner()).pop();
+            if let Some(row) = row {
+                log_softmax(row);
+            }
+        });
+        Ok(logits)
+    }
+}
+
+pub fn run(
+    pool: &Pool,
+    model: &Model,
+    reference: Option<&Model>,
+    text: &str,
+    options: &Options,
+    mut progress: impl FnMut(usize, usize, f64),
+) -> Result<Report> {
+    let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
+    if let Some(r) = reference
+        && r.vocab() != model.vocab()
+    {
+        return Err(Error::DifferentVocabularies { a: model.vocab(), b: r.vocab() });
+    }
+    let tokens = tokenizer.encode(text, EncodeOptions { add_special: true, parse_special: false })?;
+    let ctx = options.context;
+    if ctx < 4 || tokens.len() < ctx {
+        return Err(Error::TextTooShort { tokens: tokens.len(), needed: ctx.max(4) });
+    }
+    let n_windows = match (tokens.len() / ctx, options.max_windows) {
+        (n, 0) => n,
+        (n, max) => n.min(max),
+    };
+    let mut run = Runner::new(model, ctx)?;
+    let mut reference = reference.map(|r| Runner::new(r, ctx)).transpose()?;
+    let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());
+    let mut divergences = Vec::new();
+    let mut same_top = 0usize;
+    let (first, vocab) = (ctx / 2, model.vocab());
+    for w in 0..n_windows {
+        let mut window = tokens[w * ctx..(w + 1) * ctx].to_vec();
+        if tokenizer.add_bos
+            && let Some(bos) = tokenizer.bos
+        {
+            window[0] = bos;
+        }
+        let ours = run.window(pool, &window, first)?;
+        let theirs = reference.as_mut().map(|r| r.window(pool, &window, first)).transpose()?;
+        for i in 0..ctx - 1 - first {
+            let (p, next) = (&ours[i * vocab..(i + 1) * vocab], window[first + i + 1] as usize);
+            nll.add(-f64::from(p[next]));
+            if let Some(theirs) = &theirs {
+                let q = &theirs[i * vocab..(i + 1) * vocab];
+                reference_nll.add(-f64::from(q[next]));
+                let d: f64 = q.iter().zip(p).map(|(q, p)| f64::from(q.exp()) * f64::from(q - p)).sum();
+                kl.add(d);
+                divergences.push(d);
+                same_top += usize::from(argmax(p) == argmax(q));
+                change.add((f64::from(p[next]).exp() - f64::from(q[next]).exp()).powi(2));
+            }
+        }
+        progress(w + 1, n_windows, nll.mean().exp());
+    }
+    let perplexity = nll.mean().exp();
+    let divergence = (kl.n > 0.0).then(|| {
+        divergences.sort_by(f64::total_cmp);
+        let at = |share: f64| divergences[((divergences.len() - 1) as f64 * share).round() as usize];
+        Divergence {
+            reference_perplexity: reference_nll.mean().exp(),
+            mean: kl.mean(),
+            standard_error: kl.standard_error(),
+            median: at(0.5),
+            p99: at(0.99),
+            p999: at(0.999),
+            max: at(1.0),
+            top1_agreement: same_top as f64 / kl.n,
+            rms_probability_change: change.mean().sqrt(),
+        }
+    });
+    Ok(Report { perplexity, perplexity_error: perplexity * nll.standard_error(), windows: n_windows, scored: nll.n as usize, divergence })
+}

@@ -1,0 +1,14 @@
+//! One file a subcommand.
+
+pub mod bench;
+pub mod chat;
+pub mod detokenize;
+pub mod inspect;
+pub mod logits;
+pub mod perplexity;
+pub mod plan;
+pub mod quantize;
+pub mod run;
+pub mod synth;
+pub mod tokenize;
+pub mod verify;

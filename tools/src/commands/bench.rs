@@ -1,0 +1,148 @@
+//! grist bench: speed, beside what the machine could do at best in the same run.
+
+use crate::common;
+use anyhow::{Result, bail};
+use kernels::Pool;
+use runtime::{Decoder, KvCache, Model, Want};
+use std::path::PathBuf;
+use std::time::Instant;
+
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  grist bench model.gguf -p 512 -n 64 -r 5")]
+pub struct Args {
+    /// GGUF file, or a checkpoint folder (quantized into the cache first)
+    model: PathBuf,
+    /// Prompt tokens of the prefill test; 0 skips it
+    #[arg(short, long, default_value_t = 512)]
+    prompt: usize,
+    /// Tokens of the decode test; 0 skips it
+    #[arg(short = 'n', long = "tokens", default_value_t = 64)]
+    n: usize,
+    /// Tokens in the context before each test
+    #[arg(short, long, default_value_t = 0)]
+    depth: usize,
+    /// Repetitions
+    #[arg(short, long, default_value_t = 5)]
+    reps: usize,
+    #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// A JSON list on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+struct Row {
+    test: &'static str,
+    n: usize,
+    /// Sorted.
+    tok_s: Vec<f64>,
+    ceiling: f64,
+}
+
+impl Row {
+    fn median(&self) -> f64 {
+        self.tok_s[self.tok_s.len() / 2]
+    }
+}
+
+pub fn run(a: Args) -> Result<()> {
+    if a.reps == 0 || (a.prompt == 0 && a.n == 0) {
+        bail!("nothing to measure: give -r of at least 1, and -p or -n");
+    }
+    let model = common::open_model(&a.model)?;
+    let pool = Pool::new(a.threads);
+    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1)?;
+    let mut decoder = Decoder::new(&model);
+    let vocab = model.vocab() as u32;
+    let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
+    let fill: Vec<u32> = (0..a.depth).map(token).collect();
+    let prompt: Vec<u32> = (0..a.prompt).map(|i| token(i + a.depth)).collect();
+    if !fill.is_empty() {
+        decoder.forward(&pool, &mut cache, &fill, Want::Last)?;
+    }
+
+    // Once unmeasured: pages come in, frequencies settle.
+    decoder.forward(&pool, &mut cache, &[token(0)], Want::Last)?;
+    let (mut prefill, mut decode, mut peaks) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..a.reps {
+        peaks.push(kernels::ceiling::measure(&pool));
+        if a.prompt > 0 {
+            cache.truncate(a.depth);
+            let start = Instant::now();
+            decoder.forward(&pool, &mut cache, &prompt, Want::Last)?;
+            prefill.push(a.prompt as f64 / start.elapsed().as_secs_f64());
+        }
+        if a.n > 0 {
+            cache.truncate(a.depth);
+            let start = Instant::now();
+            for i in 0..a.n {
+                decoder.forward(&pool, &mut cache, &[token(i)], Want::Last)?;
+            }
+            decode.push(a.n as f64 / start.elapsed().as_secs_f64());
+        }
+    }
+    let best = |f: fn(&kernels::ceiling::Peaks) -> f64| peaks.iter().map(f).fold(0.0, f64::max);
+    let (ops, bandwidth) = (best(|p| p.int8_ops), best(|p| p.read_bytes));
+    let mut rows = Vec::new();
+    if a.prompt > 0 {
+        rows.push(row("prefill", a.prompt, prefill, ops / (2.0 * macs_per_token(&model))));
+    }
+    if a.n > 0 {
+        let kv = runtime::KvType::F16.bytes(model.hparams().kv_elements_per_token()) as f64 * (a.depth as f64 + a.n as f64 / 2.0);
+        rows.push(row("decode", a.n, decode, bandwidth / (read_bytes_per_token(&model) + kv)));
+    }
+    report(&a, &rows, pool.n_threads(), ops, bandwidth)
+}
+
+fn row(test: &'static str, n: usize, mut tok_s: Vec<f64>, ceiling: f64) -> Row {
+    tok_s.sort_by(f64::total_cmp);
+    Row { test, n, tok_s, ceiling }
+}
+
+/// The share of a tensor that one token uses: chosen experts only.
+fn used_share(model: &Model, name: &str) -> f64 {
+    let h = model.hparams();
+    if h.n_experts > 0 && name.contains("_exps.") { h.n_experts_used as f64 / h.n_experts as f64 } else { 1.0 }
+}
+
+/// Multiply-adds a prompt token needs: all matrices but the embedding and the head.
+fn macs_per_token(model: &Model) -> f64 {
+    let skipped = ["token_embd.weight", "output.weight"];
+    let matrices = model.file().tensors().filter(|t| t.info.dims().len() > 1 && !skipped.contains(&t.info.name()));
+    matrices.map(|t| t.info.n_elements() as f64 * used_share(model, t.info.name())).sum()
+}
+
+/// Bytes of weights a generated token reads: everything but the embedding, of which it reads a row.
+fn read_bytes_per_token(model: &Model) -> f64 {
+    let tied = model.file().get("output.weight").is_none();
+    let tensors = model.file().tensors().filter(|t| tied || t.info.name() != "token_embd.weight");
+    tensors.map(|t| t.info.n_bytes() as f64 * used_share(model, t.info.name())).sum()
+}
+
+fn report(a: &Args, rows: &[Row], threads: usize, ops: f64, bandwidth: f64) -> Result<()> {
+    if a.json {
+        let list: Vec<_> = rows
+            .iter()
+            .map(|r| {
+                serde_json::json!({"test": r.test, "n": r.n, "depth": a.depth, "threads": threads, "tok_s_median": r.median(),
+                    "tok_s_min": r.tok_s[0], "tok_s_max": r.tok_s[r.tok_s.len() - 1], "ceiling_share": r.median() / r.ceiling})
+            })
+            .collect();
+        return common::print_json(&list.into());
+    }
+    let mut out =
+        format!("{} threads, {}, int8 peak {:.0} GOP/s, read {:.1} GB/s\n", threads, kernels::isa::selected(), ops / 1e9, bandwidth / 1e9);
+    for r in rows {
+        out += &format!(
+            "{:<8} n {:<6} depth {:<7} {:>9.2} tok/s  (min {:.2}, max {:.2}), {:.0} % of the ceiling\n",
+            r.test,
+            r.n,
+            a.depth,
+            r.median(),
+            r.tok_s[0],
+            r.tok_s[r.tok_s.len() - 1],
+            100.0 * r.median() / r.ceiling
+        );
+    }
+    common::say(&out)
+}

@@ -1,0 +1,77 @@
+//! grist perplexity
+
+use crate::common;
+use anyhow::Result;
+use kernels::Pool;
+use runtime::perplexity::{self, Options};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  grist perplexity model-Q4_K_M.gguf -f heldout.txt\n  grist perplexity model-Q4_K_M.gguf -f heldout.txt --reference model-F16.gguf"
+)]
+pub struct Args {
+    /// GGUF file, or a checkpoint folder (quantized into the cache first)
+    model: PathBuf,
+    /// Text to score
+    #[arg(short, long)]
+    file: PathBuf,
+    /// Window in tokens
+    #[arg(long, default_value_t = 512)]
+    ctx: usize,
+    /// Score only the first N windows [default: all]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    windows: usize,
+    /// Model to measure the divergence from, usually the same in F16
+    #[arg(long)]
+    reference: Option<PathBuf>,
+    #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(a: Args) -> Result<()> {
+    let text = common::read_text(&a.file)?;
+    let model = common::open_model(&a.model)?;
+    let reference = a.reference.as_deref().map(common::open_model).transpose()?;
+    let pool = Pool::new(a.threads);
+    let terminal = std::io::stderr().is_terminal();
+    let options = Options { context: a.ctx, max_windows: a.windows };
+    let r = perplexity::run(&pool, &model, reference.as_ref(), &text, &options, |done, all, so_far| {
+        if terminal {
+            eprint!("\rwindow {done}/{all}, perplexity {so_far:.4} ");
+        }
+    })?;
+    if terminal {
+        eprintln!();
+    }
+    if a.json {
+        let divergence = r.divergence.as_ref().map(|d| {
+            serde_json::json!({
+                "reference_perplexity": d.reference_perplexity, "mean": d.mean, "standard_error": d.standard_error, "median": d.median,
+                "p99": d.p99, "p999": d.p999, "max": d.max, "top1_agreement": d.top1_agreement, "rms_probability_change": d.rms_probability_change,
+            })
+        });
+        return common::print_json(&serde_json::json!({
+            "perplexity": r.perplexity, "perplexity_error": r.perplexity_error, "windows": r.windows, "scored": r.scored, "kl_divergence": divergence,
+        }));
+    }
+    let mut out =
+        format!("perplexity {:.4} ± {:.4} over {} windows ({} tokens scored)\n", r.perplexity, r.perplexity_error, r.windows, r.scored);
+    if let Some(d) = r.divergence {
+        out += &format!("reference perplexity {:.4}\n", d.reference_perplexity);
+        out += &format!(
+            "KL divergence mean {:.6} ± {:.6}, median {:.6}, 99 % {:.5}, 99.9 % {:.5}, max {:.5}\n",
+            d.mean, d.standard_error, d.median, d.p99, d.p999, d.max
+        );
+        out += &format!(
+            "same likeliest token {:.2} %, RMS change of probability {:.3} %\n",
+            d.top1_agreement * 100.0,
+            d.rms_probability_change * 100.0
+        );
+    }
+    common::say(&out)
+}
