@@ -18,6 +18,26 @@ const TILE: usize = 64;
 /// Query tokens in a task.
 const TOKENS: usize = 16;
 
+/// A layer's keys or values as they are stored: n_kv_heads × capacity × dim.
+#[derive(Clone, Copy)]
+pub enum KvView<'a> {
+    F16(&'a [f16]),
+    /// For parity checks, where f16 rounding would hide (or, through an
+    /// expert router, blow up) small differences.
+    F32(&'a [f32]),
+}
+
+impl KvView<'_> {
+    /// Elements `range` as f32.
+    #[inline(always)]
+    fn load(&self, range: std::ops::Range<usize>, out: &mut [f32]) {
+        match self {
+            KvView::F16(x) => x[range].convert_to_f32_slice(out),
+            KvView::F32(x) => out.copy_from_slice(&x[range]),
+        }
+    }
+}
+
 /// One layer's attention over tokens `first_pos..first_pos + n_tokens`.
 pub struct Attention<'a> {
     pub n_kv_heads: usize,
@@ -34,9 +54,9 @@ pub struct Attention<'a> {
     /// tokens × (n_kv_heads · group · key_dim)
     pub q: &'a [f32],
     /// n_kv_heads × capacity × key_dim, filled up to the last token's position.
-    pub k: &'a [f16],
+    pub k: KvView<'a>,
     /// n_kv_heads × capacity × value_dim
-    pub v: &'a [f16],
+    pub v: KvView<'a>,
     pub capacity: usize,
 }
 
@@ -78,8 +98,7 @@ impl Op for Task<'_, '_> {
     fn run<I: Isa>(self, _isa: I) {
         let Task { a, head, tile } = self;
         let (kd, vd) = (a.key_dim, a.value_dim);
-        let k = &a.k[head * a.capacity * kd..(head + 1) * a.capacity * kd];
-        let v = &a.v[head * a.capacity * vd..(head + 1) * a.capacity * vd];
+        let first_row = head * a.capacity;
         let tokens = tile.rows.clone();
         let n_rows = tokens.len() * a.group;
         let mut kt = vec![0.0f32; TILE * kd];
@@ -94,8 +113,9 @@ impl Op for Task<'_, '_> {
         let mut base = first / TILE * TILE;
         while base <= last {
             let n = TILE.min(last + 1 - base);
-            k[base * kd..(base + n) * kd].convert_to_f32_slice(&mut kt[..n * kd]);
-            v[base * vd..(base + n) * vd].convert_to_f32_slice(&mut vt[..n * vd]);
+            let rows = first_row + base..first_row + base + n;
+            a.k.load(rows.start * kd..rows.end * kd, &mut kt[..n * kd]);
+            a.v.load(rows.start * vd..rows.end * vd, &mut vt[..n * vd]);
             for t in tokens.clone() {
                 let pos = a.first_pos + t;
                 // Of this tile, token t sees positions base + lo to base + hi − 1.

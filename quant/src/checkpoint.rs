@@ -275,12 +275,14 @@ fn find_files(folder: &Path) -> Result<(Style, Vec<PathBuf>)> {
     if !consolidated.is_empty() && folder.join("params.json").is_file() {
         return Ok((Style::MistralNative, consolidated));
     }
-    let reason = if names.is_empty() {
-        "it holds no .safetensors file".to_owned()
+    let reason = if folder.join("config.json").is_file() {
+        "it has a config.json but no model*.safetensors; the download is incomplete"
+    } else if folder.join("params.json").is_file() {
+        "it has a params.json but no consolidated*.safetensors; the download is incomplete"
     } else {
-        format!("it holds {} but no config.json or params.json that goes with it", names[0])
+        "it has neither config.json (Hugging Face) nor params.json (Mistral)"
     };
-    Err(Error::NotACheckpoint { path: folder.to_owned(), reason })
+    Err(Error::NotACheckpoint { path: folder.to_owned(), reason: reason.into() })
 }
 
 /// The shards an index names; each must be a plain file name in the folder.

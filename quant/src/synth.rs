@@ -34,6 +34,7 @@ const fn shape(name: &'static str, dims: [u32; 7], vocab: u32, context: u32) -> 
 /// Layers, hidden, feed-forward, heads, key/value heads, head size, experts; vocabulary; context.
 pub static SHAPES: &[Shape] = &[
     shape("tiny", [2, 256, 512, 4, 2, 64, 0], 512, 2048),
+    shape("tiny-moe", [4, 256, 512, 4, 1, 64, 8], 512, 2048),
     shape("1b", [16, 2048, 8192, 32, 8, 64, 0], 32_000, 32_768),
     shape("mistral-7b", [32, 4096, 14_336, 32, 8, 128, 0], 32_768, 32_768),
     shape("ministral-8b", [36, 4096, 12_288, 32, 8, 128, 0], 131_072, 131_072),

@@ -50,6 +50,42 @@ pub(crate) struct Vocabulary {
 }
 
 impl Vocabulary {
+    fn special_ids(&self) -> [(&'static str, Option<u32>); 4] {
+        [("bos", self.bos), ("eos", self.eos), ("unknown", self.unk), ("padding", self.pad)]
+    }
+
+    fn write(self, m: &mut Metadata) {
+        m.set_str("tokenizer.ggml.model", self.model);
+        m.set_str("tokenizer.ggml.pre", self.pre);
+        for (name, id) in self.special_ids() {
+            if let Some(id) = id {
+                m.set_u32(format!("tokenizer.ggml.{name}_token_id"), id);
+            }
+        }
+        let flags = [
+            ("tokenizer.ggml.add_bos_token", self.add_bos),
+            ("tokenizer.ggml.add_eos_token", self.add_eos),
+            ("tokenizer.ggml.add_space_prefix", self.add_space_prefix),
+            ("gristmill.tokenizer.prefix_after_special", self.prefix_after_special),
+        ];
+        for (key, flag) in flags {
+            if let Some(f) = flag {
+                m.set(key, Value::Bool(f));
+            }
+        }
+        m.set("tokenizer.ggml.tokens", Value::Array(Array::String(self.tokens)));
+        m.set("tokenizer.ggml.token_type", Value::Array(Array::I32(self.types)));
+        if !self.scores.is_empty() {
+            m.set("tokenizer.ggml.scores", Value::Array(Array::F32(self.scores)));
+        }
+        if self.model == "gpt2" {
+            m.set("tokenizer.ggml.merges", Value::Array(Array::String(self.merges)));
+        }
+        if let Some(t) = self.template {
+            m.set_str("tokenizer.chat_template", t);
+        }
+    }
+
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.tokens.iter().position(|t| t == token).map(|i| i as u32)
     }
@@ -70,38 +106,27 @@ pub(crate) fn write(c: &Checkpoint, pre: Option<&str>, vocab: u64, m: &mut Metad
             v.scores.push(-10_000.0);
         }
     }
-    m.set_str("tokenizer.ggml.model", v.model);
-    m.set_str("tokenizer.ggml.pre", v.pre);
-    m.set("tokenizer.ggml.tokens", Value::Array(Array::String(v.tokens)));
-    if !v.scores.is_empty() {
-        m.set("tokenizer.ggml.scores", Value::Array(Array::F32(v.scores)));
-    }
-    m.set("tokenizer.ggml.token_type", Value::Array(Array::I32(v.types)));
-    if v.model == "gpt2" {
-        m.set("tokenizer.ggml.merges", Value::Array(Array::String(v.merges)));
-    }
-    let ids = [("bos", v.bos), ("eos", v.eos), ("unknown", v.unk), ("padding", v.pad)];
-    for (name, id) in ids {
-        if let Some(id) = id {
-            if u64::from(id) >= vocab {
-                return Err(Error::file(&source, format!("the {name} token's id {id} is past the vocabulary of {vocab}")));
-            }
-            m.set_u32(format!("tokenizer.ggml.{name}_token_id"), id);
+    for (name, id) in v.special_ids() {
+        if id.is_some_and(|id| u64::from(id) >= vocab) {
+            return Err(Error::file(&source, format!("the {name} token's id is past the vocabulary of {vocab}")));
         }
     }
-    let flags = [("add_bos_token", v.add_bos), ("add_eos_token", v.add_eos), ("add_space_prefix", v.add_space_prefix)];
-    for (name, flag) in flags {
-        if let Some(f) = flag {
-            m.set(format!("tokenizer.ggml.{name}"), Value::Bool(f));
-        }
-    }
-    if let Some(f) = v.prefix_after_special {
-        m.set("gristmill.tokenizer.prefix_after_special", Value::Bool(f));
-    }
-    if let Some(t) = v.template {
-        m.set_str("tokenizer.chat_template", t);
-    }
+    v.write(m);
     Ok(())
+}
+
+/// The keys of a lone tokenizer file (tekken.json, a SentencePiece model, tokenizer.json), as a
+/// Mistral-native checkpoint would have them.
+pub fn from_file(path: &Path) -> Result<Metadata> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
+    let v = match name {
+        "tekken.json" => tekken::read(path)?,
+        n if n.ends_with(".json") => hf::read(path, None)?,
+        _ => read_sentencepiece(path, true)?,
+    };
+    let mut m = Metadata::new();
+    v.write(&mut m);
+    Ok(m)
 }
 
 /// The vocabulary and the file it came from.

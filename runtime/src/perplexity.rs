@@ -6,7 +6,7 @@
 
 use crate::decoder::{Decoder, Want};
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, KvType};
 use crate::model::Model;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 use kernels::{Pool, vecmath};
@@ -87,7 +87,7 @@ struct Runner<'m> {
 
 impl<'m> Runner<'m> {
     fn new(model: &'m Model, context: usize) -> Result<Self> {
-        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context)? })
+        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context, KvType::F16)? })
     }
 
     /// Log-probabilities at positions `first..` of the window.

@@ -2,7 +2,7 @@
 
 use crate::decoder::{Decoder, Want};
 use crate::error::{Error, Result};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, KvType};
 use crate::model::Model;
 use crate::prefetch::Prefetch;
 use crate::sampler::Sampler;
@@ -66,7 +66,7 @@ impl<'m> Session<'m> {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let cache = KvCache::new(model.hparams(), context)?;
+        let cache = KvCache::new(model.hparams(), context, KvType::F16)?;
         Ok(Session { decoder: Decoder::new(model), cache, history: Vec::new(), prefetch: Prefetch::start(model) })
     }
 

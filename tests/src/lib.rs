@@ -1,1 +1,90 @@
+//! What the test files share: where things are, small models, small helpers.
 
+#[cfg(feature = "ggml")]
+pub mod ggml;
+
+use std::path::{Path, PathBuf};
+
+/// The workspace root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_owned()
+}
+
+pub fn fixture(name: &str) -> PathBuf {
+    root().join("tests/fixtures").join(name)
+}
+
+pub fn fixtures() -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(root().join("tests/fixtures")).expect("fixtures are part of the project").map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+pub fn demo() -> PathBuf {
+    root().join("models/rustdoc-9m")
+}
+
+/// A fresh folder that is removed when dropped.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new(name: &str) -> Folder {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("gristmill-{name}-{}-{n}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Copies a folder's files.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for e in std::fs::read_dir(from).unwrap() {
+        let e = e.unwrap();
+        std::fs::copy(e.path(), to.join(e.file_name())).unwrap();
+    }
+}
+
+/// Converts `source` to `kind` in `folder`.
+pub fn convert(source: &Path, kind: &str, folder: &Folder) -> PathBuf {
+    let options = quant::ConvertOptions::new(quant::mix::by_name(kind).unwrap());
+    let plan = quant::plan(source, &options).unwrap();
+    let target = folder.file(&format!("{kind}.gguf"));
+    quant::convert(&plan, &target, 0, &quant::convert::Silent).unwrap();
+    target
+}
+
+/// Gaussian weights; every `heavy`-th value is drawn ten times as wide, if not 0.
+pub fn weights(n: usize, seed: u64, heavy: usize) -> Vec<f32> {
+    let mut r = quant::synth::Random(seed);
+    (0..n).map(|i| r.normal() * if heavy > 0 && i % heavy == 0 { 0.5 } else { 0.05 }).collect()
+}
+
+/// √(Σ(a−b)²/Σb²).
+pub fn relative_rms(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let (e, s) = a.iter().zip(b).fold((0.0, 0.0), |(e, s), (a, b)| (e + f64::from(a - b).powi(2), s + f64::from(*b).powi(2)));
+    (e / s).sqrt()
+}
+
+/// The built `grist`, beside the test binary.
+pub fn grist() -> PathBuf {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    path.join(format!("grist{}", std::env::consts::EXE_SUFFIX))
+}

@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, Model, Want};
+use runtime::{Decoder, KvCache, KvType, Model, Want};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -51,7 +51,7 @@ pub fn run(a: Args) -> Result<()> {
     }
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1)?;
+    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, KvType::F16)?;
     let mut decoder = Decoder::new(&model);
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  grist synth 1b -t Q4_K_M -o 1b.gguf")]
 pub struct Args {
-    /// tiny, 1b, mistral-7b, ministral-8b, mistral-22b, mistral-24b, mixtral-tiny, mixtral-8x7b, mixtral-8x22b, llama-70b
+    /// tiny, tiny-moe, 1b, mistral-7b, ministral-8b, mistral-22b, mistral-24b, mixtral-tiny, mixtral-8x7b, mixtral-8x22b, llama-70b
     shape: String,
     /// Type, as for quantize
     #[arg(short = 't', long = "type", value_name = "TYPE")]

@@ -1,0 +1,48 @@
+//! Every kernel row over a decode and a prefill shape: GB/s and GOP/s, and the
+//! share of the ceiling measured in the same run.
+//!
+//! `cargo bench -p benches --bench kernels -- --rows 4096 --cols 4096 --reps 7`
+
+use benches::{argument, is_test_run, median};
+use kernels::matmul::{Job, Matmul, run_group};
+use kernels::{Activations, Pool, ceiling};
+use std::time::Instant;
+
+fn main() {
+    let test = is_test_run();
+    let number = |name, default: &str, small: usize| if test { small } else { argument(name, default).parse().expect("a number") };
+    let (rows, cols, reps) = (number("--rows", "4096", 32), number("--cols", "4096", 512), number("--reps", "7", 1));
+    let pool = Pool::new(number("--threads", "0", 0));
+    let peaks = ceiling::measure(&pool);
+    println!("{} threads: int8 {:.0} GOP/s, read {:.1} GB/s", pool.n_threads(), peaks.int8_ops / 1e9, peaks.read_bytes / 1e9);
+    for kernel in kernels::table() {
+        let block = kernel.block();
+        let plan = Matmul::with_kernel(&**kernel, rows, cols).expect("plan");
+        // Several copies, so that decode reads memory and not the cache.
+        let bytes = block.bytes_for((rows * cols) as u64) as usize;
+        let copies = if test { 1 } else { ((128 << 20) / bytes).max(1) };
+        let weights: Vec<Vec<u8>> = (0..copies).map(|_| vec![0x11; bytes]).collect();
+        for tokens in [1, if test { 5 } else { 128 }] {
+            let mut acts = Activations::new(kernel.activation());
+            acts.quantize(&vec![0.5; tokens * cols], cols);
+            let mut out = vec![0.0; tokens * rows];
+            let used = if tokens == 1 { copies } else { 1 };
+            let mut run = || {
+                let start = Instant::now();
+                for w in &weights[..used] {
+                    run_group(&pool, &mut [Job { plan, weights: w, out: &mut out }], &acts);
+                }
+                start.elapsed().as_secs_f64() / used as f64
+            };
+            run();
+            let seconds = median((0..reps).map(|_| run()).collect());
+            let (gb, gop) = (bytes as f64 / seconds / 1e9, 2.0 * (rows * cols * tokens) as f64 / seconds / 1e9);
+            println!(
+                "{:<24} tokens {tokens:<4} {gb:>7.2} GB/s ({:>3.0} %)  {gop:>8.1} GOP/s ({:>3.0} %)",
+                kernel.name(),
+                gb * 1e11 / peaks.read_bytes,
+                gop * 1e11 / peaks.int8_ops
+            );
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! A thin cover over ggml-sys: the block codecs, the dot products, and whole
+//! models of llama.cpp, as oracle for tests and as peer for benches.
+
+use ggml_sys as sys;
+use std::ffi::{CString, c_void};
+use std::path::Path;
+use std::sync::Once;
+
+unsafe extern "C" fn silent(_level: sys::ggml_log_level, _text: *const std::os::raw::c_char, _data: *mut c_void) {}
+
+pub fn init() {
+    static ONCE: Once = Once::new();
+    // SAFETY: both calls are made once, before any other use, and take no pointers but a static function.
+    ONCE.call_once(|| unsafe {
+        if std::env::var_os("GRIST_GGML_LOG").is_none() {
+            sys::llama_log_set(Some(silent), std::ptr::null_mut());
+        }
+        sys::llama_backend_init();
+        sys::ggml_cpu_init();
+    });
+}
+
+/// ggml's encoder (`ggml_quantize_chunk`), rows of `cols`.
+pub fn quantize(id: u32, x: &[f32], cols: usize, importance: Option<&[f32]>, out: &mut [u8]) {
+    init();
+    assert!(importance.is_none_or(|i| i.len() == cols) && x.len().is_multiple_of(cols));
+    // SAFETY: `x` has rows × cols floats, `out` the bytes of as many blocks
+    // (asserted below by the size returned), `importance` one row or null.
+    let n = unsafe {
+        sys::ggml_quantize_chunk(
+            id as sys::ggml_type,
+            x.as_ptr(),
+            out.as_mut_ptr().cast(),
+            0,
+            (x.len() / cols) as i64,
+            cols as i64,
+            importance.map_or(std::ptr::null(), |i| i.as_ptr()),
+        )
+    };
+    assert_eq!(n, out.len());
+}
+
+/// ggml's decoder.
+pub fn decode(id: u32, bytes: &[u8], out: &mut [f32]) {
+    init();
+    // SAFETY: ids come from our table, all below GGML_TYPE_COUNT; the traits are static.
+    let traits = unsafe { &*sys::ggml_get_type_traits(id as sys::ggml_type) };
+    assert_eq!(out.len() / traits.blck_size as usize * traits.type_size, bytes.len());
+    match traits.to_float {
+        // SAFETY: sizes are checked above.
+        Some(f) => unsafe { f(bytes.as_ptr().cast(), out.as_mut_ptr(), out.len() as i64) },
+        None => out.copy_from_slice(&bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()),
+    }
+}
+
+/// A row of weights times activations, quantized as ggml quantizes them for the type.
+pub fn vec_dot(id: u32, row: &[u8], x: &[f32]) -> f32 {
+    init();
+    // SAFETY: ids come from our table; the traits are static.
+    let (cpu, act) = unsafe {
+        let cpu = &*sys::ggml_get_type_traits_cpu(id as sys::ggml_type);
+        (cpu, &*sys::ggml_get_type_traits(cpu.vec_dot_type))
+    };
+    let mut q = vec![0u8; x.len() / act.blck_size as usize * act.type_size + 64];
+    let mut out = 0.0f32;
+    // SAFETY: `q` has the activation type's bytes for x.len() values; `row` as many values of weights.
+    unsafe {
+        let from = (*sys::ggml_get_type_traits_cpu(cpu.vec_dot_type)).from_float;
+        match from {
+            Some(f) => f(x.as_ptr(), q.as_mut_ptr().cast(), x.len() as i64),
+            None => std::ptr::copy_nonoverlapping(x.as_ptr().cast(), q.as_mut_ptr(), x.len() * 4),
+        }
+        cpu.vec_dot.expect("every type here has a dot")(x.len() as i32, &mut out, 0, row.as_ptr().cast(), 0, q.as_ptr().cast(), 0, 1);
+    }
+    out
+}
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.to_str().expect("UTF-8 path")).expect("no NUL in the path")
+}
+
+/// llama-quantize: `input` GGUF to `output` in file type `ftype`.
+pub fn quantize_file(input: &Path, output: &Path, ftype: u32, threads: i32) {
+    init();
+    // SAFETY: the paths live through the call; the parameters are the library's defaults but for scalars.
+    let rc = unsafe {
+        let mut p = sys::llama_model_quantize_default_params();
+        p.ftype = ftype as sys::llama_ftype;
+        p.nthread = threads;
+        p.allow_requantize = true;
+        sys::llama_model_quantize(c_path(input).as_ptr(), c_path(output).as_ptr(), &p)
+    };
+    assert_eq!(rc, 0, "llama_model_quantize failed");
+}
+
+/// A model and context of llama.cpp.
+pub struct Llama {
+    model: *mut sys::llama_model,
+    context: *mut sys::llama_context,
+    vocab: usize,
+}
+
+pub struct LlamaOptions {
+    pub context: u32,
+    pub threads: i32,
+    /// llama.cpp's load-time repacking into its own layouts.
+    pub repack: bool,
+    /// f32 instead of f16 KV.
+    pub kv_f32: bool,
+}
+
+impl Llama {
+    pub fn open(path: &Path, o: &LlamaOptions) -> Llama {
+        init();
+        // SAFETY: the path lives through the call; results are checked for null; both are freed in Drop.
+        unsafe {
+            let mut m = sys::llama_model_default_params();
+            m.use_extra_bufts = o.repack;
+            m.n_gpu_layers = 0;
+            let model = sys::llama_model_load_from_file(c_path(path).as_ptr(), m);
+            assert!(!model.is_null(), "llama.cpp cannot open {}", path.display());
+            let mut c = sys::llama_context_default_params();
+            c.n_ctx = o.context;
+            c.n_batch = o.context.max(512);
+            c.n_threads = o.threads;
+            c.n_threads_batch = o.threads;
+            if o.kv_f32 {
+                c.type_k = 0;
+                c.type_v = 0;
+            }
+            let context = sys::llama_init_from_model(model, c);
+            assert!(!context.is_null(), "llama.cpp cannot make a context");
+            let vocab = sys::llama_vocab_n_tokens(sys::llama_model_get_vocab(model)) as usize;
+            Llama { model, context, vocab }
+        }
+    }
+
+    pub fn clear(&mut self) {
+        // SAFETY: the context is valid until Drop.
+        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.context), false) };
+    }
+
+    /// Appends tokens from position `first`; returns logits of all tokens if `all`, else of the last.
+    pub fn decode(&mut self, tokens: &[u32], first: usize, all: bool) -> Vec<f32> {
+        let n = tokens.len();
+        // SAFETY: `batch` has room for n tokens of one sequence; indices stay below n; logits are
+        // `vocab` floats a row, valid until the next decode.
+        unsafe {
+            let mut batch = sys::llama_batch_init(n as i32, 0, 1);
+            batch.n_tokens = n as i32;
+            for (i, t) in tokens.iter().enumerate() {
+                *batch.token.add(i) = *t as i32;
+                *batch.pos.add(i) = (first + i) as i32;
+                *batch.n_seq_id.add(i) = 1;
+                **batch.seq_id.add(i) = 0;
+                *batch.logits.add(i) = i8::from(all || i + 1 == n);
+            }
+            let rc = sys::llama_decode(self.context, batch);
+            sys::llama_batch_free(batch);
+            assert_eq!(rc, 0, "llama_decode failed");
+            let rows = if all { 0..n } else { n - 1..n };
+            rows.flat_map(|i| std::slice::from_raw_parts(sys::llama_get_logits_ith(self.context, i as i32), self.vocab).to_vec()).collect()
+        }
+    }
+}
+
+impl Drop for Llama {
+    fn drop(&mut self) {
+        // SAFETY: made by `open`, freed once, context before model.
+        unsafe {
+            sys::llama_free(self.context);
+            sys::llama_model_free(self.model);
+        }
+    }
+}
