@@ -6,6 +6,7 @@
 use benches::{argument, is_test_run, median, synth};
 use kernels::Pool;
 use runtime::{Decoder, KvCache, KvType, Model, Want};
+#[cfg(feature = "ggml")]
 use std::path::Path;
 use std::time::Instant;
 
@@ -66,7 +67,14 @@ fn show(name: &str, speeds: &[Speed]) -> Speed {
 fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
     let path = synth(shape, kind);
     let model = Model::open(&path).expect("open");
-    println!("{shape} {kind}, {} threads, prompt {}, generate {}, depth {}, {} runs each", pool.n_threads(), l.prompt.len(), l.tokens, l.depth.len(), l.reps);
+    println!(
+        "{shape} {kind}, {} threads, prompt {}, generate {}, depth {}, {} runs each",
+        pool.n_threads(),
+        l.prompt.len(),
+        l.tokens,
+        l.depth.len(),
+        l.reps
+    );
     #[cfg(feature = "ggml")]
     let mut peers = [theirs(&path, pool.n_threads(), true, l), theirs(&path, pool.n_threads(), false, l)];
     let (mut own, mut default, mut plain) = (Vec::new(), Vec::new(), Vec::new());
@@ -100,7 +108,11 @@ fn main() {
         reps: number("--reps", "5", 1),
     };
     let pool = Pool::new(number("--threads", "0", 0));
-    let (shape, types) = if test { ("tiny".into(), "Q4_0".into()) } else { (argument("--shape", "1b"), argument("--types", "Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0")) };
+    let (shape, types) = if test {
+        ("tiny".into(), "Q4_0".into())
+    } else {
+        (argument("--shape", "1b"), argument("--types", "Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"))
+    };
     for kind in types.split(',') {
         bench_type(&shape, kind, &pool, &l);
     }

@@ -15,7 +15,8 @@ fn checkpoint(shape: &Shape, folder: &Path) {
         return;
     }
     std::fs::create_dir_all(folder).expect("folder");
-    let h = gguf::Hparams::from_metadata(shape.layout(quant::mix::by_name("F16").expect("type")).expect("layout").metadata()).expect("hparams");
+    let h =
+        gguf::Hparams::from_metadata(shape.layout(quant::mix::by_name("F16").expect("type")).expect("layout").metadata()).expect("hparams");
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": shape.hidden, "intermediate_size": shape.ffn,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
@@ -98,5 +99,9 @@ fn main() {
         b.push(f64::NAN);
     }
     let (a, b) = (median(a), median(b));
-    println!("{name} {kind}, {threads} threads: gristmill {a:.1} s ({:.1} M weights/s/thread), llama-quantize {b:.1} s, {:.2} times as fast", weights / a / threads as f64 / 1e6, b / a);
+    println!(
+        "{name} {kind}, {threads} threads: gristmill {a:.1} s ({:.1} M weights/s/thread), llama-quantize {b:.1} s, {:.2} times as fast",
+        weights / a / threads as f64 / 1e6,
+        b / a
+    );
 }

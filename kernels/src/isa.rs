@@ -43,6 +43,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load(self, b: &[u8; 64]) -> Self::Bytes;
     /// 32 bytes from each of two places.
     fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> Self::Bytes;
+    /// As `load_halves`, of unsigned bytes.
+    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> Self::Bytes;
+    /// `x` in each byte.
+    fn splat_u8(self, x: u8) -> Self::Bytes;
     /// `v` in the low half; each byte's bits 2 to 7, moved down by two, in the high half (its bits 6 and 7 undefined).
     fn with_shifted_by_2(self, v: &[u8; 32]) -> Self::Bytes;
     /// Two runs of 16 bytes to 64 values: low nibbles of `a`, high of `a`, low of `b`, high of `b`.
@@ -63,6 +67,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_unsigned(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes) -> Self::Int;
     /// acc + groups of four products, both signed, `s` in −127..=127.
     fn dot_signed(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
+    /// a − b in each lane.
+    fn sub_int(self, a: Self::Int, b: Self::Int) -> Self::Int;
     /// acc + a · b in each lane.
     fn mul_add_int(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
     /// Lanes 0–7 `a`, 8–15 `b`.

@@ -15,8 +15,10 @@ pub fn fixture(name: &str) -> PathBuf {
 }
 
 pub fn fixtures() -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(root().join("tests/fixtures")).expect("fixtures are part of the project").map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(root().join("tests/fixtures"))
+        .expect("fixtures are part of the project")
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }

@@ -87,7 +87,9 @@ fn damaged_weights_are_refused() {
     refused(m, &["extra.weight", "not supported"], weights(|t| t.push(("extra.weight".into(), Dtype::F32, vec![1], vec![0; 4]))));
     refused(m, &[q, "shape"], weights(|t| t.iter_mut().filter(|x| x.0 == q).for_each(|x| x.2.reverse())));
     refused(m, &[q, "I16"], weights(|t| t.iter_mut().filter(|x| x.0 == q).for_each(|x| x.1 = Dtype::I16)));
-    let poison = |bits: u16| move |t: &mut Tensors| t.iter_mut().filter(|x| x.0 == q).for_each(|x| x.3[200..202].copy_from_slice(&bits.to_le_bytes()));
+    let poison = |bits: u16| {
+        move |t: &mut Tensors| t.iter_mut().filter(|x| x.0 == q).for_each(|x| x.3[200..202].copy_from_slice(&bits.to_le_bytes()))
+    };
     refused(m, &["blk.1.attn_q.weight", "1 NaN"], weights(poison(0x7fc0)));
     refused(m, &["blk.1.attn_q.weight", "1 infinite"], weights(poison(0xff80)));
     refused(m, &["model.safetensors"], |f| {
@@ -130,7 +132,11 @@ fn converted(source: &Path, folder: &Folder, name: &str) -> Vec<(String, Vec<u64
     let plan = quant::plan(source, &ConvertOptions::new(mix::by_name("F32").unwrap())).unwrap();
     let target = folder.file(name);
     quant::convert(&plan, &target, 2, &Silent).unwrap();
-    gguf::ModelFile::open(&target).unwrap().tensors().map(|t| (t.info.name().to_owned(), t.info.dims().to_vec(), t.bytes.to_vec())).collect()
+    gguf::ModelFile::open(&target)
+        .unwrap()
+        .tensors()
+        .map(|t| (t.info.name().to_owned(), t.info.dims().to_vec(), t.bytes.to_vec()))
+        .collect()
 }
 
 /// Shards, f16 and f32 inputs, multimodal prefixes and old RoPE keys change nothing.
@@ -157,7 +163,10 @@ fn layouts_of_the_same_model_convert_alike() {
     let wide = folder.file("f32");
     copy_folder(&fixture("mistral-gqa"), &wide);
     let widen = |b: &[u8]| b.chunks_exact(2).flat_map(|c| (u32::from(u16::from_le_bytes([c[0], c[1]])) << 16).to_le_bytes()).collect();
-    save(&wide.join("model.safetensors"), &tensors.iter().map(|(n, _, s, b)| (format!("language_model.{n}"), Dtype::F32, s.clone(), widen(b))).collect());
+    save(
+        &wide.join("model.safetensors"),
+        &tensors.iter().map(|(n, _, s, b)| (format!("language_model.{n}"), Dtype::F32, s.clone(), widen(b))).collect(),
+    );
     assert!(converted(&wide, &folder, "f32.gguf") == plain);
 
     let old = folder.file("old");
@@ -216,7 +225,12 @@ fn native_folders_convert_alike() {
 /// Rows of each head from halves (0…d/2 then d/2…d) to pairs.
 fn to_pairs(b: &[u8], rows: usize, d: usize) -> Vec<u8> {
     let row = b.len() / rows;
-    (0..rows).flat_map(|r| { let j = r % d; b[(r - j + j / 2 + (j % 2) * d / 2) * row..][..row].to_vec() }).collect()
+    (0..rows)
+        .flat_map(|r| {
+            let j = r % d;
+            b[(r - j + j / 2 + (j % 2) * d / 2) * row..][..row].to_vec()
+        })
+        .collect()
 }
 
 fn native_name(hf: &str, arch: &gguf::arch::Arch) -> String {

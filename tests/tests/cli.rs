@@ -45,7 +45,8 @@ fn greedy_text_is_repeatable_and_close_to_the_reference() {
     let file = convert(&demo(), "F16", &folder);
     let j = json(&["run", path(&file), "-p", "An iterator is", "-n", "40", "--temp", "0", "--json"]);
     // What transformers generates (models/rustdoc-9m/README.md).
-    let want = " a string slice, which is a string slice. The iterator is\nthe first element of the slice, and the iterator will be\nempty.";
+    let want =
+        " a string slice, which is a string slice. The iterator is\nthe first element of the slice, and the iterator will be\nempty.";
     assert!(j["text"].as_str().unwrap().starts_with(want), "{}", j["text"]);
     assert_eq!(j["prompt_tokens"], 4);
     assert_eq!(j["completion_tokens"], 40);
@@ -62,7 +63,12 @@ fn greedy_text_is_repeatable_and_close_to_the_reference() {
 fn a_folder_is_quantized_into_the_cache_once() {
     let folder = Folder::new("cache");
     let call = || {
-        let o = Command::new(grist()).args(["run", path(&demo()), "-p", "A", "-n", "2"]).env("GRIST_CACHE", &folder.0).stdin(Stdio::null()).output().unwrap();
+        let o = Command::new(grist())
+            .args(["run", path(&demo()), "-p", "A", "-n", "2"])
+            .env("GRIST_CACHE", &folder.0)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
         assert!(o.status.success());
         String::from_utf8(o.stderr).unwrap()
     };
@@ -81,7 +87,18 @@ fn quantize_plans_and_writes_what_it_says() {
     assert_eq!(made["file_bytes"], dry["file_bytes"]);
     assert_eq!(made["file_bytes"], std::fs::metadata(&out).unwrap().len());
     assert_eq!(made["tensors"], dry["tensors"]);
-    let over = json(&["quantize", path(&demo()), "-t", "Q4_0", "--tensor-type", "ffn_down=Q8_0", "--tensor-type", "attn_.*=Q5_1", "--dry-run", "--json"]);
+    let over = json(&[
+        "quantize",
+        path(&demo()),
+        "-t",
+        "Q4_0",
+        "--tensor-type",
+        "ffn_down=Q8_0",
+        "--tensor-type",
+        "attn_.*=Q5_1",
+        "--dry-run",
+        "--json",
+    ]);
     for t in over["tensors"].as_array().unwrap() {
         let name = t["name"].as_str().unwrap();
         if name.contains("ffn_down.weight") {
@@ -96,7 +113,10 @@ fn quantize_plans_and_writes_what_it_says() {
     assert!(o.status.success() && String::from_utf8_lossy(&o.stderr).contains("already quantized"));
     assert_eq!(json(&["inspect", path(&smaller), "--json"])["metadata"]["general.file_type"], 2);
     // One .safetensors file beside its config.
-    assert_eq!(json(&["quantize", path(&demo().join("model.safetensors")), "-t", "Q4_K_M", "--dry-run", "--json"])["file_bytes"], dry["file_bytes"]);
+    assert_eq!(
+        json(&["quantize", path(&demo().join("model.safetensors")), "-t", "Q4_K_M", "--dry-run", "--json"])["file_bytes"],
+        dry["file_bytes"]
+    );
 }
 
 #[test]
@@ -163,7 +183,13 @@ fn a_chat_answers_from_standard_input() {
     use std::io::Write;
     let folder = Folder::new("cli");
     let file = convert(&demo(), "Q8_0", &folder);
-    let mut child = Command::new(grist()).args(["chat", path(&file), "-n", "8", "--temp", "0"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new(grist())
+        .args(["chat", path(&file), "-n", "8", "--temp", "0"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(b"What is a slice?\n/reset\nWhat is a slice?\n/quit\nnever read\n").unwrap();
     let o = child.wait_with_output().unwrap();
     assert!(o.status.success());
@@ -252,7 +278,8 @@ fn a_killed_conversion_leaves_no_half_file() {
     let mut r = quant::synth::Random(5);
     let mut killed = 0;
     for _ in 0..20 {
-        let mut child = Command::new(grist()).args(["quantize", path(&demo()), "-t", "Q6_K", "-o", path(&out)]).stderr(Stdio::null()).spawn().unwrap();
+        let mut child =
+            Command::new(grist()).args(["quantize", path(&demo()), "-t", "Q6_K", "-o", path(&out)]).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(r.next_u64() % 120));
         let _ = child.kill();
         killed += usize::from(!child.wait().unwrap().success());

@@ -166,7 +166,8 @@ fn mixes_choose_llama_quantizes_types() {
     let mut sources = vec![("rustdoc-9m", convert(&demo(), "F16", &folder))];
     for (name, shape) in [("dense", "tiny"), ("experts", "tiny-moe")] {
         let path = folder.file(&format!("{name}.gguf"));
-        quant::synth::write(quant::synth::by_name(shape).unwrap(), quant::mix::by_name("F16").unwrap(), &path, 1, &quant::convert::Silent).unwrap();
+        quant::synth::write(quant::synth::by_name(shape).unwrap(), quant::mix::by_name("F16").unwrap(), &path, 1, &quant::convert::Silent)
+            .unwrap();
         sources.push((name, path));
     }
     // Rows that a block of 256 does not divide.

@@ -98,7 +98,14 @@ fn version_2_and_any_tensor_order_are_read() {
 fn metadata() -> Metadata {
     let mut m = Metadata::new();
     m.set_str("general.architecture", "llama");
-    for (k, v) in [("block_count", 1), ("context_length", 64), ("embedding_length", 32), ("feed_forward_length", 32), ("attention.head_count", 2), ("vocab_size", 8)] {
+    for (k, v) in [
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 32),
+        ("feed_forward_length", 32),
+        ("attention.head_count", 2),
+        ("vocab_size", 8),
+    ] {
         m.set_u32(format!("llama.{k}"), v);
     }
     m.set_f32("llama.attention.layer_norm_rms_epsilon", 1e-5);
@@ -203,7 +210,8 @@ fn unfinished_files_never_bear_the_name() {
 fn cut_and_flipped_files_never_panic() {
     let folder = Folder::new("flip");
     let whole = std::fs::read(convert(&demo(), "Q4_0", &folder)).unwrap();
-    let header_end = whole.len() - ModelFile::open(&folder.file("Q4_0.gguf")).unwrap().tensors().map(|t| t.info.n_bytes() as usize).sum::<usize>();
+    let header_end =
+        whole.len() - ModelFile::open(&folder.file("Q4_0.gguf")).unwrap().tensors().map(|t| t.info.n_bytes() as usize).sum::<usize>();
     for i in 0..60 {
         let cut = header_end * i / 50;
         assert!(Header::parse(&whole[..cut.min(whole.len() - 1)], cut.min(whole.len() - 1) as u64).is_err());

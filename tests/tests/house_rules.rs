@@ -52,7 +52,16 @@ fn unsafe_code_stays_behind_its_fence() {
         assert!(lib.contains("#![forbid(unsafe_code)]"), "{name} must forbid unsafe code");
     }
     assert!(std::fs::read_to_string(root().join("tools/src/main.rs")).unwrap().contains("#![forbid(unsafe_code)]"));
-    let allowed = ["gguf/src/mmap.rs", "kernels/src/isa.rs", "kernels/src/isa/", "kernels/src/threads.rs", "kernels/src/cuda", "tests/", "benches/", "fuzz/"];
+    let allowed = [
+        "gguf/src/mmap.rs",
+        "kernels/src/isa.rs",
+        "kernels/src/isa/",
+        "kernels/src/threads.rs",
+        "kernels/src/cuda",
+        "tests/",
+        "benches/",
+        "fuzz/",
+    ];
     for (path, text) in rust_files() {
         let relative = path.strip_prefix(root()).unwrap().to_str().unwrap().replace('\\', "/");
         let uses = text.lines().any(|l| {
@@ -80,7 +89,8 @@ fn functions_stay_readable() {
         let mut start = None;
         for (i, line) in lines.iter().enumerate() {
             let indent = line.len() - line.trim_start().len();
-            let is_fn = line.trim_start().starts_with("fn ") || line.contains(" fn ") && line.trim_end().ends_with('{') && !line.trim_start().starts_with("//");
+            let is_fn = line.trim_start().starts_with("fn ")
+                || line.contains(" fn ") && line.trim_end().ends_with('{') && !line.trim_start().starts_with("//");
             if is_fn && line.trim_end().ends_with('{') {
                 start = Some((i, indent));
             }

@@ -49,7 +49,11 @@ fn every_row_agrees_with_the_reference() {
             let (want, scale) = reference::matmul(block, &weights, rows, &acts);
             for (j, ((got, want), scale)) in out.iter().zip(&want).zip(&scale).enumerate() {
                 let error = (f64::from(*got) - want).abs();
-                assert!(error <= f64::from(kernel.tolerance()) * scale + 1e-30, "{} {rows}×{cols}×{tokens} [{j}]: {got} instead of {want}", kernel.name());
+                assert!(
+                    error <= f64::from(kernel.tolerance()) * scale + 1e-30,
+                    "{} {rows}×{cols}×{tokens} [{j}]: {got} instead of {want}",
+                    kernel.name()
+                );
             }
             checked += 1;
         }
@@ -87,14 +91,27 @@ fn activations_round_to_the_nearest() {
 fn attention_agrees_with_the_definition() {
     use kernels::attention::{Attention, KvView};
     let pool = Pool::new(2);
-    for (kv_heads, group, kd, vd, n, window) in [(1, 1, 16, 16, 5, usize::MAX), (2, 3, 64, 32, 70, usize::MAX), (2, 2, 40, 40, 150, 33), (1, 4, 128, 128, 67, 64)] {
+    for (kv_heads, group, kd, vd, n, window) in
+        [(1, 1, 16, 16, 5, usize::MAX), (2, 3, 64, 32, 70, usize::MAX), (2, 2, 40, 40, 150, 33), (1, 4, 128, 128, 67, 64)]
+    {
         let capacity = n + 3;
         let q = tests::weights(n * kv_heads * group * kd, 1, 7);
         let k = tests::weights(kv_heads * capacity * kd, 2, 7);
         let v = tests::weights(kv_heads * capacity * vd, 3, 7);
         let scale = 3.0;
         let make = |first, n_tokens, q| Attention {
-            n_kv_heads: kv_heads, group, key_dim: kd, value_dim: vd, n_tokens, first_pos: first, window, scale, q, k: KvView::F32(&k), v: KvView::F32(&v), capacity,
+            n_kv_heads: kv_heads,
+            group,
+            key_dim: kd,
+            value_dim: vd,
+            n_tokens,
+            first_pos: first,
+            window,
+            scale,
+            q,
+            k: KvView::F32(&k),
+            v: KvView::F32(&v),
+            capacity,
         };
         let out_row = kv_heads * group * vd;
         let mut whole = vec![f32::NAN; n * out_row];
@@ -109,11 +126,18 @@ fn attention_agrees_with_the_definition() {
                 let g = head / group;
                 let qh = &q[t * q_row + head * kd..][..kd];
                 let seen = (t + 1).saturating_sub(window)..t + 1;
-                let scores: Vec<f64> = seen.clone().map(|p| k[(g * capacity + p) * kd..][..kd].iter().zip(qh).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() * f64::from(scale)).collect();
+                let scores: Vec<f64> = seen
+                    .clone()
+                    .map(|p| {
+                        k[(g * capacity + p) * kd..][..kd].iter().zip(qh).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
+                            * f64::from(scale)
+                    })
+                    .collect();
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
                 let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
                 for d in 0..vd {
-                    let want: f64 = seen.clone().zip(&scores).map(|(p, s)| (s - max).exp() / total * f64::from(v[(g * capacity + p) * vd + d])).sum();
+                    let want: f64 =
+                        seen.clone().zip(&scores).map(|(p, s)| (s - max).exp() / total * f64::from(v[(g * capacity + p) * vd + d])).sum();
                     for got in [whole[t * out_row + head * vd + d], single[t * out_row + head * vd + d]] {
                         assert!((f64::from(got) - want).abs() < 2e-6, "token {t} head {head} dim {d}: {got} instead of {want}");
                     }

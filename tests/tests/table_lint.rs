@@ -62,7 +62,19 @@ fn golden_bytes_decode_and_encode() {
 #[test]
 fn encode_then_decode_stays_close() {
     // Root mean square error of a uniform quantizer is its step / √12; the bounds leave room for the search.
-    let bounds = [("F32", 0.0), ("F16", 3e-4), ("BF16", 3e-3), ("Q8_0", 0.006), ("Q6_K", 0.02), ("Q5_K", 0.035), ("Q5_1", 0.04), ("Q5_0", 0.045), ("Q4_K", 0.075), ("Q4_1", 0.085), ("Q4_0", 0.095)];
+    let bounds = [
+        ("F32", 0.0),
+        ("F16", 3e-4),
+        ("BF16", 3e-3),
+        ("Q8_0", 0.006),
+        ("Q6_K", 0.02),
+        ("Q5_K", 0.035),
+        ("Q5_1", 0.04),
+        ("Q5_0", 0.045),
+        ("Q4_K", 0.075),
+        ("Q4_1", 0.085),
+        ("Q4_0", 0.095),
+    ];
     for b in blocks::table() {
         let Some(encode) = b.encode else { continue };
         let bound = bounds.iter().find(|(n, _)| *n == b.name).unwrap_or_else(|| panic!("{} has no bound", b.name)).1;

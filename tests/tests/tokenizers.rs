@@ -54,7 +54,8 @@ fn mistral_common_agrees() {
         }
         let mut chats = 0;
         for c in t["chats"].as_array().unwrap() {
-            let request = ChatRequest { messages: c["messages"].as_array().unwrap().clone(), tools: c["tools"].as_array().unwrap().clone() };
+            let request =
+                ChatRequest { messages: c["messages"].as_array().unwrap().clone(), tools: c["tools"].as_array().unwrap().clone() };
             let got = chat_template::encode(&tokenizer, &request).unwrap();
             if got != ids_of(&c["ids"]) {
                 let show = |ids: &[u32]| String::from_utf8_lossy(&tokenizer.decode(ids, true)).into_owned();

@@ -58,6 +58,18 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> Pair {
+        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
+        unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn splat_u8(self, x: u8) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_set1_epi8(x as i8); 2] }
+    }
+
+    #[inline(always)]
     fn with_shifted_by_2(self, v: &[u8; 32]) -> Pair {
         // SAFETY: AVX2, by the token; 32 readable bytes, by the type.
         unsafe {
@@ -150,6 +162,12 @@ impl Isa for Avx2 {
         // SAFETY: AVX2, by the token. |w| · (s with w's sign) = w · s.
         let one = |acc, w, s| unsafe { _mm256_add_epi32(acc, dot4(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w))) };
         [one(acc[0], w[0], s[0]), one(acc[1], w[1], s[1])]
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])] }
     }
 
     #[inline(always)]

@@ -45,6 +45,21 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> __m512i {
+        // SAFETY: AVX-512F, by the token; 32 readable bytes each, by the types.
+        unsafe {
+            let low = _mm512_castsi256_si512(_mm256_loadu_si256(a.as_ptr().cast()));
+            _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(b.as_ptr().cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn splat_u8(self, x: u8) -> __m512i {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { _mm512_set1_epi8(x as i8) }
+    }
+
+    #[inline(always)]
     fn with_shifted_by_2(self, v: &[u8; 32]) -> __m512i {
         // SAFETY: AVX-512F, by the token; 32 readable bytes, by the type.
         unsafe {
@@ -129,6 +144,12 @@ impl Isa for Avx512Vnni {
             let s = _mm512_mask_sub_epi8(s, negative, _mm512_setzero_si512(), s);
             _mm512_dpbusd_epi32(acc, _mm512_abs_epi8(w), s)
         }
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { _mm512_sub_epi32(a, b) }
     }
 
     #[inline(always)]

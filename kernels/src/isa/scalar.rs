@@ -40,6 +40,16 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| if i < 32 { a[i] } else { b[i - 32] })
+    }
+
+    #[inline(always)]
+    fn splat_u8(self, x: u8) -> [u8; 64] {
+        [x; 64]
+    }
+
+    #[inline(always)]
     fn with_shifted_by_2(self, v: &[u8; 32]) -> [u8; 64] {
         std::array::from_fn(|i| if i < 32 { v[i] } else { v[i - 32] >> 2 })
     }
@@ -97,6 +107,11 @@ impl Isa for Scalar {
     #[inline(always)]
     fn dot_signed(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
         std::array::from_fn(|l| acc[l] + (0..4).map(|k| i32::from(w[4 * l + k] as i8) * i32::from(s[4 * l + k] as i8)).sum::<i32>())
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|l| a[l] - b[l])
     }
 
     #[inline(always)]

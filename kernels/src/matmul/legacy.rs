@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! for each pair of blocks (a, b):
-//!     p    = Σ₄ q·x           (i32, 16 lanes: 8 of block a, 8 of block b)
-//!     acc += p · (d_w·d_x)    (float, one scale a half)
-//!     off += offset(block) · d_x · Σx
+//!     p    = Σ₄ q·x                       (i32, 16 lanes: 8 of block a, 8 of block b)
+//!     acc += (p − Σ₄ zero·x) · (d_w·d_x)  (float, one scale a half; zero is 8, 16 or 0)
+//!     acc += Σ₄ x · (m_w·d_x)             (types with a min)
 //! ```
 //!
-//! The types differ in how 32 quants are unpacked and in the offset (−8·d,
-//! −16·d, or the stored min), so they are one loop and five small descriptions.
+//! The types differ in how 32 quants are unpacked, in their zero point and in
+//! whether they have a min, so they are one loop and five small descriptions.
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
@@ -22,8 +22,10 @@ trait Unpack: Send + Sync + 'static {
     const SIGNED: bool;
     /// 64 quants of two blocks.
     fn quants<I: Isa>(isa: I, a: &[u8], b: &[u8]) -> I::Bytes;
-    /// What is added to every weight of the block, given its scale.
-    fn offset<I: Isa>(isa: I, block: &[u8], d: f32) -> f32;
+    /// The quant that stands for 0.
+    const ZERO: u8;
+    /// Place of the f16 min, for types that have one.
+    const MIN: Option<usize>;
 }
 
 #[inline(always)]
@@ -42,21 +44,18 @@ fn fifth_bits(a: &[u8], b: &[u8], at: usize) -> u64 {
 }
 
 macro_rules! legacy {
-    ($name:ident, $codec:ty, signed: $signed:literal, quants: |$isa:ident, $a:ident, $b:ident| $quants:expr, offset: |$isa2:ident, $block:ident, $d:ident| $offset:expr) => {
+    ($name:ident, $codec:ty, signed: $signed:literal, zero: $zero:literal, min: $min:expr, quants: |$isa:ident, $a:ident, $b:ident| $quants:expr) => {
         pub struct $name;
 
         impl Unpack for $name {
             type Weights = $codec;
             const SIGNED: bool = $signed;
+            const ZERO: u8 = $zero;
+            const MIN: Option<usize> = $min;
 
             #[inline(always)]
             fn quants<I: Isa>($isa: I, $a: &[u8], $b: &[u8]) -> I::Bytes {
                 $quants
-            }
-
-            #[inline(always)]
-            fn offset<I: Isa>($isa2: I, $block: &[u8], $d: f32) -> f32 {
-                $offset
             }
         }
 
@@ -74,48 +73,40 @@ macro_rules! legacy {
     };
 }
 
-legacy!(Q4_0, blocks::q4_0::Q4_0, signed: false,
-    quants: |isa, a, b| isa.nibbles(array(a, 2), array(b, 2)),
-    offset: |_isa, _block, d| -8.0 * d);
-legacy!(Q4_1, blocks::q4_1::Q4_1, signed: false,
-    quants: |isa, a, b| isa.nibbles(array(a, 4), array(b, 4)),
-    offset: |isa, block, _d| f16_at(isa, block, 2));
-legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false,
-    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 6), array(b, 6)), isa.bit16(fifth_bits(a, b, 2))),
-    offset: |_isa, _block, d| -16.0 * d);
-legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false,
-    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 8), array(b, 8)), isa.bit16(fifth_bits(a, b, 4))),
-    offset: |isa, block, _d| f16_at(isa, block, 2));
-legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true,
-    quants: |isa, a, b| isa.load_halves(&array::<32>(a, 2).map(|x| x as i8), &array::<32>(b, 2).map(|x| x as i8)),
-    offset: |_isa, _block, _d| 0.0);
+legacy!(Q4_0, blocks::q4_0::Q4_0, signed: false, zero: 8, min: None, quants: |isa, a, b| isa.nibbles(array(a, 2), array(b, 2)));
+legacy!(Q4_1, blocks::q4_1::Q4_1, signed: false, zero: 0, min: Some(2), quants: |isa, a, b| isa.nibbles(array(a, 4), array(b, 4)));
+legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false, zero: 16, min: None,
+    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 6), array(b, 6)), isa.bit16(fifth_bits(a, b, 2))));
+legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false, zero: 0, min: Some(2),
+    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 8), array(b, 8)), isa.bit16(fifth_bits(a, b, 4))));
+legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true, zero: 0, min: None, quants: |isa, a, b| isa.load_halves_u8(array(a, 2), array(b, 2)));
 
 #[inline(always)]
 fn dot<I: Isa, U: Unpack, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
     let bytes = U::Weights::BYTES;
     let n_blocks = row.len() / bytes;
     let mut acc = [isa.zero_float(); N];
-    let mut off = [0.0f32; N];
+    let (zero_point, ones) = (isa.splat_u8(U::ZERO), isa.splat_u8(1));
     for pair in 0..n_blocks.div_ceil(2) {
         let a = &row[2 * pair * bytes..][..bytes];
         // An odd last block is paired with itself: the padded activations beyond the row are 0.
         let b = if 2 * pair + 1 < n_blocks { &row[(2 * pair + 1) * bytes..][..bytes] } else { a };
         let (da, db) = (f16_at(isa, a, 0), f16_at(isa, b, 0));
         let q = U::quants(isa, a, b);
-        let (oa, ob) = (U::offset(isa, a, da), U::offset(isa, b, db));
         for t in 0..N {
             let x = &acts[t];
-            let xs = &x.q[64 * pair..64 * pair + 64];
-            let (lo, hi) = xs.split_at(32);
-            let v = isa.load_halves(lo.first_chunk().expect("32 values"), hi.first_chunk().expect("32 values"));
-            let p = if U::SIGNED { isa.dot_signed(isa.zero_int(), q, v) } else { isa.dot_unsigned(isa.zero_int(), q, v) };
+            let xs: &[i8; 64] = x.q[64 * pair..].first_chunk().expect("padded activations");
             let (ta, tb) = (x.d[2 * pair], x.d[2 * pair + 1]);
+            let v = isa.load_halves(xs.first_chunk().expect("32 values"), xs.last_chunk().expect("32 values"));
+            let p = if U::SIGNED { isa.dot_signed(isa.zero_int(), q, v) } else { isa.dot_unsigned(isa.zero_int(), q, v) };
+            let p = if U::ZERO > 0 { isa.sub_int(p, isa.dot_unsigned(isa.zero_int(), zero_point, v)) } else { p };
             acc[t] = isa.mul_add(isa.to_float(p), isa.halves_float(da * ta, db * tb), acc[t]);
-            if !U::SIGNED {
-                let s = &x.sums[4 * pair..4 * pair + 4];
-                off[t] += oa * ta * f32::from(s[0] + s[1]) + ob * tb * f32::from(s[2] + s[3]);
+            if let Some(at) = U::MIN {
+                let (ma, mb) = (f16_at(isa, a, at), f16_at(isa, b, at));
+                let sums = isa.dot_unsigned(isa.zero_int(), ones, v);
+                acc[t] = isa.mul_add(isa.to_float(sums), isa.halves_float(ma * ta, mb * tb), acc[t]);
             }
         }
     }
-    std::array::from_fn(|t| isa.sum(acc[t]) + off[t])
+    acc.map(|a| isa.sum(a))
 }
