@@ -145,7 +145,7 @@ mod tests {
         assert!(super::parse(&[0x0a, 0xff, 0xff, 0xff, 0xff, 0x7f]).unwrap_err().contains("bytes where"));
         assert!(super::parse(&[0xff; 64]).is_err());
         for n in 0..200u8 {
-            let _ = super::parse(&(0..64).map(|i| n.wrapping_mul(31).wrapping_add(i * 7)).collect::<Vec<_>>());
+            let _ = super::parse(&(0..64u8).map(|i| n.wrapping_mul(31).wrapping_add(i.wrapping_mul(7))).collect::<Vec<_>>());
         }
     }
 }

@@ -222,7 +222,7 @@ fn cut_and_flipped_files_never_panic() {
         let mut bytes = whole[..header_end + 4096].to_vec();
         for _ in 0..1 + r.next_u64() % 4 {
             // Mostly the head, where counts and sizes are.
-            let range = if r.next_u64() % 2 == 0 { 1200 } else { header_end as u64 };
+            let range = if r.next_u64().is_multiple_of(2) { 1200 } else { header_end as u64 };
             let at = (r.next_u64() % range) as usize;
             bytes[at] ^= 1 << (r.next_u64() % 8);
         }
