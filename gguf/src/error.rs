@@ -70,6 +70,8 @@ pub enum Error {
     CannotDecode { tensor: String, type_name: &'static str, known: String },
     #[error("tensor '{tensor}' was to receive {expected} bytes and received {got}")]
     WrongLength { tensor: String, expected: u64, got: u64 },
+    #[error("the disk is full: {target} needs {needed} bytes; free some space and run again (nothing was left behind)")]
+    DiskFull { target: PathBuf, needed: u64 },
     #[error("{target} exists and is a directory; name a file")]
     TargetIsDirectory { target: PathBuf },
 }

@@ -154,13 +154,9 @@ impl Writer {
         if let Some(t) = self.layout.tensors.get(self.current) {
             return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: self.written });
         }
-        let io = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| Error::Io { action, path, source }
-        };
-        self.out.flush().map_err(io("write", &self.part))?;
-        self.out.get_ref().sync_all().map_err(io("sync", &self.part))?;
-        std::fs::rename(&self.part, &self.target).map_err(io("rename to", &self.target))?;
+        self.out.flush().map_err(|e| self.io("write", e))?;
+        self.out.get_ref().sync_all().map_err(|e| self.io("sync", e))?;
+        std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
         self.finished = true;
         // The rename itself must survive a power cut too; not every file system can sync a folder.
         if let Some(folder) = self.target.parent() {
@@ -173,7 +169,14 @@ impl Writer {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|source| Error::Io { action: "write", path: self.part.clone(), source })
+        self.out.write_all(bytes).map_err(|e| self.io("write", e))
+    }
+
+    fn io(&self, action: &'static str, source: std::io::Error) -> Error {
+        if source.kind() == std::io::ErrorKind::StorageFull {
+            return Error::DiskFull { target: self.target.clone(), needed: self.layout.file_bytes };
+        }
+        Error::Io { action, path: self.part.clone(), source }
     }
 }
 
