@@ -81,12 +81,24 @@ pub fn relative_rms(a: &[f32], b: &[f32]) -> f64 {
     (e / s).sqrt()
 }
 
-/// The built `grist`, beside the test binary.
+/// The `grist` command, built from the sources as they are now, in this test's
+/// profile: `cargo test` builds test harnesses of other packages, not their binaries.
 pub fn grist() -> PathBuf {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    if path.ends_with("deps") {
-        path.pop();
-    }
-    path.join(format!("grist{}", std::env::consts::EXE_SUFFIX))
+    static BUILT: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    let build = || {
+        let mut folder = std::env::current_exe().expect("this test has a path");
+        folder.pop();
+        if folder.ends_with("deps") {
+            folder.pop();
+        }
+        let mut cargo = std::process::Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "-p", "tools"]).current_dir(root());
+        cargo.env("CARGO_TARGET_DIR", folder.parent().expect("a profile lies in a target folder"));
+        if folder.ends_with("release") {
+            cargo.arg("--release");
+        }
+        assert!(cargo.status().expect("cargo runs").success(), "grist does not build");
+        folder.join(format!("grist{}", std::env::consts::EXE_SUFFIX))
+    };
+    BUILT.get_or_init(build).clone()
 }
