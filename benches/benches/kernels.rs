@@ -1,7 +1,7 @@
 //! Every kernel row over a decode and a prefill shape: GB/s and GOP/s, and the
 //! share of the ceiling measured in the same run.
 //!
-//! `cargo bench -p benches --bench kernels -- --rows 4096 --cols 4096 --reps 7`
+//! `cargo bench -p benches --bench kernels -- --rows 4096 --cols 4096 --tokens 1,512 --reps 7 --only Q4_K/avx512vnni`
 
 use benches::{argument, is_test_run, median};
 use kernels::matmul::{Job, Matmul, run_group};
@@ -15,16 +15,21 @@ fn main() {
     let pool = Pool::new(number("--threads", "0", 0));
     let peaks = ceiling::measure(&pool);
     println!("{} threads: int8 {:.0} GOP/s, read {:.1} GB/s", pool.n_threads(), peaks.int8_ops / 1e9, peaks.read_bytes / 1e9);
-    for kernel in kernels::table() {
+    let only = argument("--only", "");
+    let batches: Vec<usize> =
+        if test { vec![1, 9] } else { argument("--tokens", "1,512").split(',').map(|t| t.parse().expect("a number")).collect() };
+    let mut random = quant::synth::Random(1);
+    for kernel in kernels::table().iter().filter(|k| k.name().starts_with(&only)) {
         let block = kernel.block();
         let plan = Matmul::with_kernel(&**kernel, rows, cols).expect("plan");
         // Several copies, so that decode reads memory and not the cache.
         let bytes = block.bytes_for((rows * cols) as u64) as usize;
         let copies = if test { 1 } else { ((128 << 20) / bytes).max(1) };
         let weights: Vec<Vec<u8>> = (0..copies).map(|_| vec![0x11; bytes]).collect();
-        for tokens in [1, if test { 5 } else { 128 }] {
+        for &tokens in &batches {
             let mut acts = Activations::new(kernel.activation());
-            acts.quantize(&vec![0.5; tokens * cols], cols);
+            let x: Vec<f32> = (0..tokens * cols).map(|_| random.normal()).collect();
+            acts.quantize(&pool, &x, cols);
             let mut out = vec![0.0; tokens * rows];
             let used = if tokens == 1 { copies } else { 1 };
             let mut run = || {
@@ -35,13 +40,16 @@ fn main() {
                 start.elapsed().as_secs_f64() / used as f64
             };
             run();
-            let seconds = median((0..reps).map(|_| run()).collect());
+            let times: Vec<f64> = (0..reps).map(|_| run()).collect();
+            let best = times.iter().copied().fold(f64::MAX, f64::min);
+            let seconds = median(times);
             let (gb, gop) = (bytes as f64 / seconds / 1e9, 2.0 * (rows * cols * tokens) as f64 / seconds / 1e9);
             println!(
-                "{:<24} tokens {tokens:<4} {gb:>7.2} GB/s ({:>3.0} %)  {gop:>8.1} GOP/s ({:>3.0} %)",
+                "{:<24} tokens {tokens:<4} {gb:>7.2} GB/s ({:>3.0} %)  {gop:>8.1} GOP/s ({:>3.0} %; best run {:>3.0} %)",
                 kernel.name(),
                 gb * 1e11 / peaks.read_bytes,
-                gop * 1e11 / peaks.int8_ops
+                gop * 1e11 / peaks.int8_ops,
+                gop * 1e11 / peaks.int8_ops * seconds / best
             );
         }
     }

@@ -85,7 +85,49 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// a · b + c.
     fn mul_add(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     fn sum(self, v: Self::Float) -> f32;
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn store_float(self, v: Self::Float, out: &mut [f32; 16]);
+
+    /// What a panel of signed weights adds to each, as `dot_panel` wants them: 128 or 0.
+    const SIGNED_BIAS: i32;
+    /// Registers enough for a tile of 2 × 16 rows and 6 tokens; else 16 rows and 3.
+    const WIDE_TILE: bool;
+    /// 16 dwords of each of 16 rows: out\[j\]\[r\] is dword j of row r.
+    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16];
+    fn load_lanes(self, v: &Lanes) -> Self::Bytes;
+    /// The four values in each lane.
+    fn splat_4(self, v: [i8; 4]) -> Self::Bytes;
+    fn splat_int(self, v: i32) -> Self::Int;
+    fn load_int(self, v: &Lanes) -> Self::Int;
+    /// As `dot_unsigned`, `w` being signed weights plus `SIGNED_BIAS`.
+    fn dot_biased(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
+    /// acc + a₀·b₀ + a₁·b₁ of the signed 16-bit halves of each lane.
+    fn dot_pairs(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
+    /// A sub-block's signed 16-bit scale as `scaled_dots` wants it.
+    fn panel_scale(self, scale: i32) -> u32;
+    /// acc\[r\]\[t\] += scale\[r\] · (init\[t\] + Σ over steps w\[r\]\[step\] · x\[step\]\[t\]).
+    ///
+    /// Weights are 0..=MAX; no `init` means zeros. If `NARROW`, each factor of scale fits in 16 bits signed.
+    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
+        self,
+        acc: &mut [[Self::Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    );
+    /// Brings the line near; no effect on the result.
+    fn prefetch(self, at: &[u8]);
 }
+
+/// Tokens whose activations lie interleaved in a panel.
+pub const GROUP: usize = 6;
+/// A dword (four quants, or one scale) for each of 16 rows.
+pub type Lanes = [u32; 16];
+/// Four consecutive activations of each token of a group.
+pub type TokenDwords = [[i8; 4]; GROUP];
+pub type TokenInts = [i32; GROUP];
 
 /// Declares an ISA row: token, CPU check and `vectorize`, from one feature list.
 macro_rules! isa_token {

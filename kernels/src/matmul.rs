@@ -10,6 +10,7 @@ pub mod activation;
 mod any_block;
 mod iq4;
 mod legacy;
+pub mod panel;
 mod q4_k;
 mod q5_k;
 mod q6_k;
@@ -20,13 +21,12 @@ use crate::isa::{self, Isa, Op};
 use crate::threads::{Matrix, Pool, Tile};
 use activation::{ActivationFormat, ActivationRow, Activations};
 use gguf::BlockType;
-use gguf::blocks::{self, Codec};
+use gguf::blocks;
+use panel::PanelWeights;
 use std::sync::OnceLock;
 
 /// One weight type's dot product, written once for all ISAs.
-pub trait WeightDot: Send + Sync + 'static {
-    /// The codec whose bytes it reads.
-    type Weights: Codec;
+pub trait WeightDot: PanelWeights {
     const ACTIVATION: ActivationFormat;
     /// Largest error against [`reference`], as a share of Σ |weight·activation|.
     const TOLERANCE: f32;
@@ -53,7 +53,7 @@ struct Row<I, W> {
     weights: std::marker::PhantomData<fn() -> W>,
 }
 
-/// Tokens that share one unpacking of a row of weights.
+/// Tokens that share one unpacking of a row of weights, where there are no panels.
 const GROUP: usize = 4;
 
 struct TileOp<'a, 'b, W> {
@@ -70,6 +70,9 @@ impl<W: WeightDot> Op for TileOp<'_, '_, W> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let TileOp { weights, row_bytes, acts, tile, .. } = self;
+        if acts.in_panels() {
+            return panel::run::<I, W>(isa, weights, row_bytes, acts, tile);
+        }
         let (rows, first) = (tile.cols.clone(), tile.cols.start);
         let mut t = tile.rows.start;
         while t < tile.rows.end {
@@ -237,6 +240,9 @@ fn rows_per_tile(plan: &Matmul, n_threads: usize) -> usize {
     by_cache.min(by_share).max(4)
 }
 
+/// Tokens that pass a panel together: as many as a batch has, so that C and a slab's activations stay in L2.
+const PANEL_TOKENS: usize = 516;
+
 /// Runs all jobs of a group in one parallel step. The jobs must accept `acts`' format.
 pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
     let n = acts.n_tokens();
@@ -245,8 +251,13 @@ pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
         assert!(plan.activation() == acts.format() && plan.cols == acts.cols(), "activations do not fit the kernel");
         assert!(weights.len() == plan.rows * plan.row_bytes, "weights do not fit the plan");
     }
-    let mut outs: Vec<Matrix<'_>> =
-        jobs.iter_mut().map(|j| Matrix::new(j.out, n, j.plan.rows, n, rows_per_tile(&j.plan, pool.n_threads()))).collect();
+    let mut outs: Vec<Matrix<'_>> = jobs
+        .iter_mut()
+        .map(|j| {
+            let (tokens, rows) = if acts.in_panels() { (PANEL_TOKENS, panel::ROWS) } else { (n, rows_per_tile(&j.plan, pool.n_threads())) };
+            Matrix::new(j.out, n, j.plan.rows, tokens, rows)
+        })
+        .collect();
     pool.for_each_tile(&mut outs, |i, tile| {
         let (plan, weights) = &inputs[i];
         plan.kernel.run(weights, plan.row_bytes, acts, tile);

@@ -115,12 +115,12 @@ impl Pool {
     }
 
     /// Calls `f(matrix, tile)` once for every tile of every matrix, in any order, on any thread.
-    pub fn for_each_tile(&self, matrices: &mut [Matrix<'_>], f: impl Fn(usize, &mut Tile<'_>) + Sync) {
+    pub fn for_each_tile<T: Send + Sync>(&self, matrices: &mut [Matrix<'_, T>], f: impl Fn(usize, &mut Tile<'_, T>) + Sync) {
         let mut starts = vec![0usize];
         for m in matrices.iter() {
             starts.push(starts[starts.len() - 1] + m.n_tiles());
         }
-        let shared: Vec<SharedMatrix> = matrices.iter_mut().map(SharedMatrix::new).collect();
+        let shared: Vec<SharedMatrix<T>> = matrices.iter_mut().map(SharedMatrix::new).collect();
         self.for_each(starts[starts.len() - 1], |i| {
             let which = starts.partition_point(|&s| s <= i) - 1;
             // SAFETY: `for_each` gives out each `i` once, so each tile exists once.
@@ -205,16 +205,16 @@ pub fn default_threads() -> usize {
 }
 
 /// A row-major output matrix, cut into tiles of at most `row_step` × `col_step`.
-pub struct Matrix<'a> {
-    data: &'a mut [f32],
+pub struct Matrix<'a, T = f32> {
+    data: &'a mut [T],
     rows: usize,
     cols: usize,
     row_step: usize,
     col_step: usize,
 }
 
-impl<'a> Matrix<'a> {
-    pub fn new(data: &'a mut [f32], rows: usize, cols: usize, row_step: usize, col_step: usize) -> Self {
+impl<'a, T> Matrix<'a, T> {
+    pub fn new(data: &'a mut [T], rows: usize, cols: usize, row_step: usize, col_step: usize) -> Self {
         assert!(rows.checked_mul(cols).is_some_and(|n| n <= data.len()), "the buffer is too small for {rows} × {cols}");
         Matrix { data, rows, cols, row_step: row_step.max(1), col_step: col_step.max(1) }
     }
@@ -224,20 +224,20 @@ impl<'a> Matrix<'a> {
     }
 }
 
-struct SharedMatrix<'a> {
-    data: *mut f32,
+struct SharedMatrix<'a, T> {
+    data: *mut T,
     rows: usize,
     cols: usize,
     row_step: usize,
     col_step: usize,
-    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+    lifetime: std::marker::PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: threads write through it only by way of tiles, which are disjoint.
-unsafe impl Sync for SharedMatrix<'_> {}
+unsafe impl<T: Send + Sync> Sync for SharedMatrix<'_, T> {}
 
-impl<'a> SharedMatrix<'a> {
-    fn new(m: &'a mut Matrix<'_>) -> Self {
+impl<'a, T> SharedMatrix<'a, T> {
+    fn new(m: &'a mut Matrix<'_, T>) -> Self {
         SharedMatrix {
             data: m.data.as_mut_ptr(),
             rows: m.rows,
@@ -252,7 +252,7 @@ impl<'a> SharedMatrix<'a> {
     ///
     /// # Safety
     /// Each `i` is asked for at most once while the matrix is borrowed, so that tiles are disjoint.
-    unsafe fn tile(&self, i: usize) -> Tile<'_> {
+    unsafe fn tile(&self, i: usize) -> Tile<'_, T> {
         let across = self.cols.div_ceil(self.col_step);
         let (r, c) = (i / across * self.row_step, i % across * self.col_step);
         Tile {
@@ -266,18 +266,18 @@ impl<'a> SharedMatrix<'a> {
 }
 
 /// Exclusive access to a rectangle of a matrix.
-pub struct Tile<'a> {
+pub struct Tile<'a, T = f32> {
     pub rows: Range<usize>,
     pub cols: Range<usize>,
-    data: *mut f32,
+    data: *mut T,
     stride: usize,
-    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+    lifetime: std::marker::PhantomData<&'a mut [T]>,
 }
 
-impl Tile<'_> {
+impl<T> Tile<'_, T> {
     /// This tile's part of `row`, a row of the whole matrix.
     #[inline(always)]
-    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+    pub fn row_mut(&mut self, row: usize) -> &mut [T] {
         assert!(self.rows.contains(&row));
         // SAFETY: `row` and `cols` lie within the matrix (checked here and by
         // SharedMatrix::tile), whose buffer holds rows × cols (checked by

@@ -36,7 +36,7 @@ impl Quantized {
                 .map(|(w, out)| Job { plan: w.plan(), weights: w.bytes(), out })
                 .collect();
             if !jobs.is_empty() {
-                acts.quantize(x, cols);
+                acts.quantize(pool, x, cols);
                 run_group(pool, &mut jobs, acts);
             }
         }

@@ -100,7 +100,7 @@ fn kernels_agree_with_ggml_dots() {
             None => ggml::quantize(b.id, &w, cols, None, &mut bytes),
         }
         let mut acts = Activations::new(kernel.activation());
-        acts.quantize(&x, cols);
+        acts.quantize(&pool, &x, cols);
         let plan = Matmul::with_kernel(&**kernel, rows, cols).unwrap();
         let mut out = vec![0.0; rows];
         run_group(&pool, &mut [Job { plan, weights: &bytes, out: &mut out }], &acts);

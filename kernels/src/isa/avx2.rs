@@ -4,7 +4,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Op, isa_token};
+use super::{Isa, Lanes, Op, TokenDwords, TokenInts, isa_token};
 use std::arch::x86_64::*;
 
 isa_token!(Avx2, ["avx2", "fma", "f16c"]);
@@ -241,5 +241,141 @@ impl Isa for Avx2 {
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
         }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn store_float(self, v: [__m256; 2], out: &mut [f32; 16]) {
+        // SAFETY: AVX2, by the token; 64 writable bytes, by the type.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+        }
+    }
+
+    const SIGNED_BIAS: i32 = 0;
+    const WIDE_TILE: bool = false;
+
+    #[inline(always)]
+    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
+        let mut out = [[0u32; 16]; 16];
+        // Four squares of 8 × 8 dwords.
+        for (upper, right) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            // SAFETY: AVX2, by the token; 32 readable bytes from 0 or 32 of 64,
+            // 32 writable from lane 0 or 8 of 16, by the types.
+            unsafe {
+                let v: [__m256i; 8] = std::array::from_fn(|i| _mm256_loadu_si256(rows[8 * upper + i].as_ptr().add(32 * right).cast()));
+                let a: [__m256i; 8] = std::array::from_fn(|i| {
+                    let (x, y) = (v[i & !1], v[i | 1]);
+                    if i & 1 == 0 { _mm256_unpacklo_epi32(x, y) } else { _mm256_unpackhi_epi32(x, y) }
+                });
+                let b: [__m256i; 8] = std::array::from_fn(|i| {
+                    let base = i & !3;
+                    let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
+                    if i & 1 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) }
+                });
+                for c in 0..4 {
+                    let mut put = |j: usize, v: __m256i| _mm256_storeu_si256(out[8 * right + j].as_mut_ptr().add(8 * upper).cast(), v);
+                    put(c, _mm256_permute2x128_si256::<0x20>(b[c], b[4 + c]));
+                    put(4 + c, _mm256_permute2x128_si256::<0x31>(b[c], b[4 + c]));
+                }
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: &Lanes) -> Pair {
+        // SAFETY: AVX2, by the token; 64 readable bytes, by the type.
+        unsafe { [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(8).cast())] }
+    }
+
+    #[inline(always)]
+    fn splat_4(self, v: [i8; 4]) -> Pair {
+        self.splat_int(i32::from_ne_bytes(v.map(|b| b as u8)))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, v: i32) -> Pair {
+        // SAFETY: AVX2, by the token.
+        unsafe { [_mm256_set1_epi32(v); 2] }
+    }
+
+    #[inline(always)]
+    fn load_int(self, v: &Lanes) -> Pair {
+        self.load_lanes(v)
+    }
+
+    #[inline(always)]
+    fn dot_biased(self, acc: Pair, w: Pair, s: Pair) -> Pair {
+        self.dot_signed(acc, w, s)
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: Pair, a: Pair, b: Pair) -> Pair {
+        // SAFETY: AVX2, by the token.
+        let one = |acc, a, b| unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)) };
+        [one(acc[0], a[0], b[0]), one(acc[1], a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn panel_scale(self, scale: i32) -> u32 {
+        // Once for each of the two 16-bit sums of a lane.
+        (scale as u32 & 0xffff) * 0x1_0001
+    }
+
+    /// Products of 16 bits are summed over as many steps as cannot overflow
+    /// (each adds at most 2 · 127 · MAX), and meet the scale in `madd`.
+    #[inline(always)]
+    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
+        self,
+        acc: &mut [[Pair; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    ) {
+        let scale: [Pair; R] = std::array::from_fn(|r| self.load_int(scale[r]));
+        let steps = const { (32767 / (2 * 127 * MAX)) as usize };
+        for (part, x) in x.chunks(steps).enumerate() {
+            let mut p = [[self.zero_int(); T]; R];
+            for (step, x) in x.iter().enumerate() {
+                let w: [Pair; R] = std::array::from_fn(|r| self.load_lanes(&w[r][part * steps + step]));
+                for t in 0..T {
+                    let x = self.splat_4(x[tokens + t]);
+                    for r in 0..R {
+                        // SAFETY: AVX2, by the token.
+                        let one = |p, w, x| unsafe { _mm256_add_epi16(p, _mm256_maddubs_epi16(w, x)) };
+                        p[r][t] = [one(p[r][t][0], w[r][0], x[0]), one(p[r][t][1], w[r][1], x[1])];
+                    }
+                }
+            }
+            for t in 0..T {
+                for r in 0..R {
+                    acc[r][t] = self.dot_pairs(acc[r][t], p[r][t], scale[r]);
+                }
+            }
+        }
+        let Some(init) = init else { return };
+        for t in 0..T {
+            // Split in two, so that each half has 16 bits: |init| ≤ 32 · 16 · 127 < 2^16.
+            let half = init[tokens + t] / 2;
+            let pair = self.splat_int((half & 0xffff) | ((init[tokens + t] - half) << 16));
+            for r in 0..R {
+                acc[r][t] = self.dot_pairs(acc[r][t], pair, scale[r]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: &[u8]) {
+        // SAFETY: a prefetch of any address has no architectural effect.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) }
     }
 }

@@ -4,10 +4,27 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Op, isa_token};
+use super::{Isa, Lanes, Op, TokenDwords, TokenInts, isa_token};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 isa_token!(Avx512Vnni, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"]);
+
+/// acc + a₀·b₀ + a₁·b₁ of 16-bit halves. Not the intrinsic, which the compiler
+/// turns into a multiply and an add to shorten a chain: two instructions,
+/// where the ports that run them are the limit (4 % of a Q4_K tile).
+///
+/// # Safety
+/// The CPU has AVX-512 VNNI.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the instruction exists, by this function's contract; registers only.
+    unsafe {
+        asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) acc, in(zmm_reg) a, in(zmm_reg) b, options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
 
 impl Isa for Avx512Vnni {
     const NAME: &'static str = "avx512vnni";
@@ -219,5 +236,140 @@ impl Isa for Avx512Vnni {
     fn sum(self, v: __m512) -> f32 {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_reduce_add_ps(v) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn store_float(self, v: __m512, out: &mut [f32; 16]) {
+        // SAFETY: AVX-512F, by the token; 64 writable bytes, by the type.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    const SIGNED_BIAS: i32 = 128;
+    const WIDE_TILE: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
+        let v = rows.map(|r| self.load(r));
+        // SAFETY: AVX-512F, by the token.
+        unsafe {
+            // Pairs, then quads of rows within 128-bit lanes, then lanes of four, then of eight rows.
+            let a: [__m512i; 16] = std::array::from_fn(|i| {
+                let (x, y) = (v[i & !1], v[i | 1]);
+                if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
+            });
+            let b: [__m512i; 16] = std::array::from_fn(|i| {
+                let base = i & !3;
+                let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
+                if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
+            });
+            // b[4q + c] holds, in lane l, dword 4l + c of rows 4q to 4q + 3.
+            let mut out = [[0u32; 16]; 16];
+            for c in 0..4 {
+                let low = _mm512_shuffle_i32x4::<0x88>(b[c], b[4 + c]);
+                let high = _mm512_shuffle_i32x4::<0xdd>(b[c], b[4 + c]);
+                let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + c], b[12 + c]);
+                let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + c], b[12 + c]);
+                let mut put = |j: usize, v: __m512i| _mm512_storeu_si512(out[j].as_mut_ptr().cast(), v);
+                put(c, _mm512_shuffle_i32x4::<0x88>(low, low2));
+                put(8 + c, _mm512_shuffle_i32x4::<0xdd>(low, low2));
+                put(4 + c, _mm512_shuffle_i32x4::<0x88>(high, high2));
+                put(12 + c, _mm512_shuffle_i32x4::<0xdd>(high, high2));
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: &Lanes) -> __m512i {
+        // SAFETY: AVX-512F, by the token; 64 readable bytes, by the type.
+        unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn splat_4(self, v: [i8; 4]) -> __m512i {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { _mm512_set1_epi32(i32::from_ne_bytes(v.map(|b| b as u8))) }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, v: i32) -> __m512i {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { _mm512_set1_epi32(v) }
+    }
+
+    #[inline(always)]
+    fn load_int(self, v: &Lanes) -> __m512i {
+        self.load_lanes(v)
+    }
+
+    #[inline(always)]
+    fn dot_biased(self, acc: __m512i, w: __m512i, s: __m512i) -> __m512i {
+        self.dot_unsigned(acc, w, s)
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: AVX-512 VNNI, by the token.
+        unsafe { dpwssd(acc, a, b) }
+    }
+
+    #[inline(always)]
+    fn panel_scale(self, scale: i32) -> u32 {
+        // The high half is 0, so that `dot_pairs` with it ignores a factor's sign half.
+        scale as u32 & 0xffff
+    }
+
+    #[inline(always)]
+    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
+        self,
+        acc: &mut [[__m512i; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    ) {
+        let mut p = [[self.zero_int(); T]; R];
+        for t in 0..T {
+            let first = self.splat_int(init.map_or(0, |i| i[tokens + t]));
+            for p in &mut p {
+                p[t] = first;
+            }
+        }
+        for (step, x) in x.iter().enumerate() {
+            let w: [__m512i; R] = std::array::from_fn(|r| self.load_lanes(&w[r][step]));
+            for t in 0..T {
+                let x = self.splat_4(x[tokens + t]);
+                for r in 0..R {
+                    p[r][t] = self.dot_unsigned(p[r][t], w[r], x);
+                }
+            }
+        }
+        for r in 0..R {
+            let scale = self.load_int(scale[r]);
+            if NARROW {
+                for t in 0..T {
+                    acc[r][t] = self.dot_pairs(acc[r][t], p[r][t], scale);
+                }
+            } else {
+                // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scale` cut.
+                let scale = unsafe { _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(scale)) };
+                for t in 0..T {
+                    acc[r][t] = self.mul_add_int(acc[r][t], p[r][t], scale);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: &[u8]) {
+        // SAFETY: a prefetch of any address has no architectural effect.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) }
     }
 }

@@ -1,7 +1,7 @@
 //! The scalar row: plain arrays, no intrinsics. It runs everywhere, and it is
 //! the vocabulary's definition: the other rows are tested against it.
 
-use super::{Isa, Op};
+use super::{Isa, Lanes, Op, TokenDwords, TokenInts};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Scalar;
@@ -168,4 +168,82 @@ impl Isa for Scalar {
     fn sum(self, v: [f32; 16]) -> f32 {
         v.iter().sum()
     }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|l| a[l] * b[l])
+    }
+
+    #[inline(always)]
+    fn store_float(self, v: [f32; 16], out: &mut [f32; 16]) {
+        *out = v;
+    }
+
+    const SIGNED_BIAS: i32 = 0;
+    const WIDE_TILE: bool = false;
+
+    #[inline(always)]
+    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
+        std::array::from_fn(|j| std::array::from_fn(|r| u32::from_le_bytes(*rows[r].as_chunks::<4>().0.get(j).unwrap_or(&[0; 4]))))
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: &Lanes) -> [u8; 64] {
+        std::array::from_fn(|i| (v[i / 4] >> (8 * (i % 4))) as u8)
+    }
+
+    #[inline(always)]
+    fn splat_4(self, v: [i8; 4]) -> [u8; 64] {
+        std::array::from_fn(|i| v[i % 4] as u8)
+    }
+
+    #[inline(always)]
+    fn splat_int(self, v: i32) -> [i32; 16] {
+        [v; 16]
+    }
+
+    #[inline(always)]
+    fn load_int(self, v: &Lanes) -> [i32; 16] {
+        v.map(|x| x as i32)
+    }
+
+    #[inline(always)]
+    fn dot_biased(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
+        self.dot_signed(acc, w, s)
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: [i32; 16], a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        let half = |v: i32, high: bool| i32::from(if high { (v >> 16) as i16 } else { v as i16 });
+        std::array::from_fn(|l| acc[l] + half(a[l], false) * half(b[l], false) + half(a[l], true) * half(b[l], true))
+    }
+
+    #[inline(always)]
+    fn panel_scale(self, scale: i32) -> u32 {
+        scale as u32
+    }
+
+    #[inline(always)]
+    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
+        self,
+        acc: &mut [[[i32; 16]; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    ) {
+        for r in 0..R {
+            for t in 0..T {
+                let mut p = self.splat_int(init.map_or(0, |i| i[tokens + t]));
+                for (w, x) in w[r].iter().zip(x) {
+                    p = self.dot_unsigned(p, self.load_lanes(w), self.splat_4(x[tokens + t]));
+                }
+                acc[r][t] = self.mul_add_int(acc[r][t], p, self.load_int(scale[r]));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _at: &[u8]) {}
 }

@@ -3,11 +3,17 @@
 //! Integer kernels read int8 values q with x ≈ d·q, d = max|x| / 127 over 32
 //! values (legacy weight types, whose scale is a float a 32) or over 256
 //! (K-quants, so that sub-block scales can be applied in integers and floats
-//! enter once a super-block). Σ q of each 16 serves the weight types' offsets
-//! and mins. Rows are padded with zeros to a multiple of 256, so that a kernel
-//! may step two blocks at a time over an odd count.
+//! enter once a super-block). Rows are padded with zeros to a multiple of 256.
+//!
+//! They are kept in one of two layouts. *Rows*, for a few tokens: a token's
+//! values in order, beside Σ q of each 16, for the types' offsets and mins.
+//! *Panels*, for many: groups of [`GROUP`] tokens interleaved by dwords, so
+//! that the tile kernels of `panel.rs` read one stream.
 
-use crate::isa::{Isa, Op};
+use super::panel::{FloatBlock, QuantizedBlock, SLAB};
+use crate::isa::{self, GROUP, Isa, Op};
+use crate::threads::{Matrix, Pool, Tile};
+use std::cell::RefCell;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationFormat {
@@ -28,6 +34,9 @@ impl ActivationFormat {
     }
 }
 
+/// From so many tokens on, unpacking weights into panels pays (measured: see ARCHITECTURE.md).
+pub const PANEL_MIN_TOKENS: usize = 8;
+
 /// The quantized rows of a batch of tokens. Reused from step to step.
 #[derive(Debug)]
 pub struct Activations {
@@ -39,6 +48,9 @@ pub struct Activations {
     d: Vec<f32>,
     sums: Vec<i16>,
     x: Vec<f32>,
+    /// slabs × groups
+    blocks: Vec<QuantizedBlock>,
+    float_blocks: Vec<FloatBlock>,
 }
 
 /// One token's row.
@@ -54,9 +66,25 @@ pub struct ActivationRow<'a> {
     pub x: &'a [f32],
 }
 
+thread_local! {
+    /// One row as floats, while it is quantized.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 impl Activations {
     pub fn new(format: ActivationFormat) -> Activations {
-        Activations { format, n_tokens: 0, cols: 0, padded: 0, q: Vec::new(), d: Vec::new(), sums: Vec::new(), x: Vec::new() }
+        Activations {
+            format,
+            n_tokens: 0,
+            cols: 0,
+            padded: 0,
+            q: Vec::new(),
+            d: Vec::new(),
+            sums: Vec::new(),
+            x: Vec::new(),
+            blocks: Vec::new(),
+            float_blocks: Vec::new(),
+        }
     }
 
     pub fn format(&self) -> ActivationFormat {
@@ -71,31 +99,64 @@ impl Activations {
         self.cols
     }
 
-    /// Bytes that `quantize` would hold for such a batch: what a planner counts.
-    pub fn bytes_for(format: ActivationFormat, n_tokens: usize, cols: usize) -> usize {
-        let padded = cols.next_multiple_of(256);
-        n_tokens
-            * match format {
-                ActivationFormat::Float => padded * 4,
-                f => padded + padded / f.run_len() * 4 + padded / 16 * 2,
-            }
+    /// True if the batch is in panels, and not in rows.
+    pub fn in_panels(&self) -> bool {
+        self.n_tokens >= PANEL_MIN_TOKENS
     }
 
-    /// Replaces the contents with `x`, `n_tokens` rows of `cols` values.
-    pub fn quantize(&mut self, x: &[f32], cols: usize) {
+    fn n_groups(&self) -> usize {
+        self.n_tokens.div_ceil(GROUP)
+    }
+
+    /// Bytes that such a batch takes: what a planner counts.
+    pub fn bytes_for(format: ActivationFormat, n_tokens: usize, cols: usize) -> usize {
+        let (slabs, groups) = (cols.div_ceil(SLAB), n_tokens.div_ceil(GROUP));
+        match format {
+            ActivationFormat::Float => slabs * groups * size_of::<FloatBlock>(),
+            _ => slabs * groups * size_of::<QuantizedBlock>(),
+        }
+    }
+
+    /// Replaces the contents with `x`, rows of `cols` values.
+    pub fn quantize(&mut self, pool: &Pool, x: &[f32], cols: usize) {
         assert!(cols > 0 && x.len().is_multiple_of(cols));
-        self.cols = cols;
-        self.padded = cols.next_multiple_of(256);
-        self.n_tokens = x.len() / cols;
+        self.fill(pool, x.len() / cols, cols, &|t, row| row.copy_from_slice(&x[t * cols..(t + 1) * cols]));
+    }
+
+    /// Replaces the contents with `n_tokens` rows of `cols` values, each made
+    /// by `produce` (so that a norm or an activation function is applied on
+    /// the way and never stored), in parallel where there are many.
+    pub fn fill(&mut self, pool: &Pool, n_tokens: usize, cols: usize, produce: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        (self.cols, self.n_tokens, self.padded) = (cols, n_tokens, cols.next_multiple_of(SLAB));
+        let (slabs, groups, format) = (self.padded / SLAB, self.n_groups(), self.format);
+        if !self.in_panels() {
+            return self.fill_rows(produce);
+        }
+        // A task makes one group's column of blocks.
+        if format == ActivationFormat::Float {
+            self.float_blocks.resize(slabs * groups, FloatBlock::EMPTY);
+            let out = Matrix::new(&mut self.float_blocks, slabs, groups, slabs, 1);
+            pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
+        } else {
+            self.blocks.resize(slabs * groups, QuantizedBlock::EMPTY);
+            let out = Matrix::new(&mut self.blocks, slabs, groups, slabs, 1);
+            pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
+        }
+    }
+
+    fn fill_rows(&mut self, produce: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let (n, cols) = (self.n_tokens, self.cols);
+        self.x.resize(n * cols, 0.0);
+        for (t, row) in self.x.chunks_exact_mut(cols).enumerate() {
+            produce(t, row);
+        }
         if self.format == ActivationFormat::Float {
-            self.x.clear();
-            self.x.extend_from_slice(x);
             return;
         }
-        self.q.resize(self.n_tokens * self.padded, 0);
-        self.d.resize(self.n_tokens * self.padded / self.format.run_len(), 0.0);
-        self.sums.resize(self.n_tokens * self.padded / 16, 0);
-        crate::isa::run(Quantize { x, into: self });
+        self.q.resize(n * self.padded, 0);
+        self.d.resize(n * self.padded / self.format.run_len(), 0.0);
+        self.sums.resize(n * self.padded / 16, 0);
+        isa::run(QuantizeRows(self));
     }
 
     #[inline(always)]
@@ -112,39 +173,155 @@ impl Activations {
         }
     }
 
+    /// All groups of one slab.
+    pub(super) fn slab(&self, slab: usize) -> &[QuantizedBlock] {
+        let n = self.n_groups();
+        &self.blocks[slab * n..(slab + 1) * n]
+    }
+
+    pub(super) fn float_slab(&self, slab: usize) -> &[FloatBlock] {
+        let n = self.n_groups();
+        &self.float_blocks[slab * n..(slab + 1) * n]
+    }
+
     /// What the integers stand for: the values a kernel really multiplies with.
     pub fn dequantized(&self, t: usize) -> Vec<f32> {
-        let row = self.row(t);
-        if self.format == ActivationFormat::Float {
-            return row.x.to_vec();
-        }
-        (0..self.cols).map(|i| row.d[i / self.format.run_len()] * f32::from(row.q[i])).collect()
+        let (g, t_in) = (t / GROUP, t % GROUP);
+        let value = |i: usize| match (self.in_panels(), self.format) {
+            (true, ActivationFormat::Float) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
+            (true, f) => {
+                let b = &self.slab(i / SLAB)[g];
+                b.d[i % SLAB / f.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
+            }
+            (false, ActivationFormat::Float) => self.row(t).x[i],
+            (false, f) => self.row(t).d[i / f.run_len()] * f32::from(self.row(t).q[i]),
+        };
+        (0..self.cols).map(value).collect()
     }
 }
 
-struct Quantize<'a> {
-    x: &'a [f32],
-    into: &'a mut Activations,
-}
+struct QuantizeRows<'a>(&'a mut Activations);
 
-impl Op for Quantize<'_> {
+impl Op for QuantizeRows<'_> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
-        let Quantize { x, into } = self;
-        let (cols, padded, run) = (into.cols, into.padded, into.format.run_len());
-        for (t, x) in x.chunks_exact(cols).enumerate() {
-            let q = &mut into.q[t * padded..(t + 1) * padded];
-            let d = &mut into.d[t * padded / run..(t + 1) * padded / run];
-            let sums = &mut into.sums[t * padded / 16..(t + 1) * padded / 16];
+        let a = self.0;
+        let (padded, run) = (a.padded, a.format.run_len());
+        for (t, x) in a.x.chunks_exact(a.cols).enumerate() {
+            let q = &mut a.q[t * padded..(t + 1) * padded];
             for (i, q) in q.chunks_exact_mut(run).enumerate() {
-                let x = &x[(i * run).min(cols)..((i + 1) * run).min(cols)];
-                d[i] = quantize_run(x, q);
+                a.d[t * padded / run + i] = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
             }
-            for (s, q) in sums.iter_mut().zip(q.chunks_exact(16)) {
+            for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
                 *s = q.iter().map(|&v| i16::from(v)).sum();
             }
+        }
+    }
+}
+
+/// A block of a panel, filled token by token.
+trait PanelBlock: Send + Sync {
+    /// Token `t`'s values of this slab (fewer at the end of a row).
+    fn put(&mut self, t: usize, x: &[f32], format: ActivationFormat);
+    /// After all tokens.
+    fn finish(&mut self);
+}
+
+impl PanelBlock for FloatBlock {
+    #[inline(always)]
+    fn put(&mut self, t: usize, x: &[f32], _: ActivationFormat) {
+        for (i, out) in self.x.iter_mut().enumerate() {
+            out[t] = x.get(i).copied().unwrap_or(0.0);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {}
+}
+
+impl PanelBlock for QuantizedBlock {
+    #[inline(always)]
+    fn put(&mut self, t: usize, x: &[f32], format: ActivationFormat) {
+        let run = format.run_len();
+        let mut q = [0i8; SLAB];
+        for (i, q) in q.chunks_exact_mut(run).enumerate() {
+            let d = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
+            (0..run / 32).for_each(|j| self.d[i * run / 32 + j][t] = d);
+        }
+        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
+            out[t] = *q;
+        }
+        let (mut sums, mut sizes) = ([0i32; 16], [0i32; 16]);
+        for ((sum, size), q) in sums.iter_mut().zip(&mut sizes).zip(q.as_chunks::<16>().0) {
+            *sum = q.iter().map(|&v| i32::from(v)).sum();
+            *size = q.iter().map(|&v| i32::from(v).abs()).sum();
+        }
+        for (s, sum) in sums.iter().enumerate() {
+            self.sums_16[s][t] = *sum;
+        }
+        let mut peaks = [0i32; 4];
+        for s in 0..16 {
+            peaks[0] = peaks[0].max(sizes[s]);
+            peaks[1] = peaks[1].max((sizes[s] + sums[s].abs()) / 2);
+        }
+        for s in 0..8 {
+            let (sum, size) = (sums[2 * s] + sums[2 * s + 1], sizes[2 * s] + sizes[2 * s + 1]);
+            self.sums_32[s][t] = sum;
+            self.offsets_32[s][t] = sum as f32 * self.d[s][t];
+            peaks[2] = peaks[2].max(size);
+            peaks[3] = peaks[3].max((size + sum.abs()) / 2);
+        }
+        self.peaks[t] = peaks;
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {
+        let pair = |a: i32, b: i32| (a & 0xffff) | (b << 16);
+        for s in 0..8 {
+            for t in 0..GROUP {
+                self.pairs_16[s][t] = pair(self.sums_16[2 * s][t], self.sums_16[2 * s + 1][t]);
+            }
+        }
+        for s in 0..4 {
+            for t in 0..GROUP {
+                self.pairs_32[s][t] = pair(self.sums_32[2 * s][t], self.sums_32[2 * s + 1][t]);
+            }
+        }
+    }
+}
+
+struct FillGroup<'a, 'b, B> {
+    n_tokens: usize,
+    cols: usize,
+    format: ActivationFormat,
+    produce: &'a (dyn Fn(usize, &mut [f32]) + Sync),
+    /// slabs × 1 group
+    tile: &'a mut Tile<'b, B>,
+}
+
+impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) {
+        let first = self.tile.cols.start * GROUP;
+        let mut row = ROW.take();
+        row.resize(self.cols, 0.0);
+        for t in 0..GROUP {
+            if first + t < self.n_tokens {
+                (self.produce)(first + t, &mut row);
+            } else {
+                row.fill(0.0);
+            }
+            for (slab, x) in row.chunks(SLAB).enumerate() {
+                self.tile.row_mut(slab)[0].put(t, x, self.format);
+            }
+        }
+        ROW.set(row);
+        for slab in self.tile.rows.clone() {
+            self.tile.row_mut(slab)[0].finish();
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
+use super::panel::{Floats, LANES, PanelWeights, SLAB};
 use crate::isa::Isa;
 use gguf::blocks::Codec;
 
@@ -12,7 +13,6 @@ pub struct Decoded<C>(std::marker::PhantomData<fn() -> C>);
 const CHUNK: usize = 256;
 
 impl<C: Codec + 'static> WeightDot for Decoded<C> {
-    type Weights = C;
     const ACTIVATION: ActivationFormat = ActivationFormat::Float;
     // Float rounding of a sum of up to 2^16 products, 16 lanes wide.
     const TOLERANCE: f32 = 4e-6;
@@ -39,5 +39,27 @@ impl<C: Codec + 'static> WeightDot for Decoded<C> {
             }
         }
         std::array::from_fn(|t| isa.sum(acc[t]) + tail[t])
+    }
+}
+
+impl<C: Codec + 'static> PanelWeights for Decoded<C> {
+    type Codec = C;
+    type Panel = Floats;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut Floats) {
+        let mut decoded = [[0.0f32; SLAB]; LANES];
+        for (out, row) in decoded.iter_mut().zip(rows) {
+            C::decode(row, out);
+        }
+        for (part, out) in p.w.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let mut bits = [[0u8; 64]; LANES];
+            for (bits, row) in bits.iter_mut().zip(&decoded) {
+                for (b, v) in bits.as_chunks_mut::<4>().0.iter_mut().zip(&row[16 * part..]) {
+                    *b = v.to_le_bytes();
+                }
+            }
+            *out = isa.transpose(bits.each_ref());
+        }
     }
 }

@@ -3,15 +3,16 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
+use super::legacy::unpack_nibbles;
+use super::panel::{self, FloatScales, IntegerScales, LANES, PanelWeights};
 use super::q4_k::sub_blocks;
-use crate::isa::Isa;
+use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 use gguf::blocks::iq4_nl::VALUES;
 
 pub struct NlDot;
 
 impl WeightDot for NlDot {
-    type Weights = blocks::iq4_nl::Iq4Nl;
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per32;
     // Float rounding of one product a block and lane.
     const TOLERANCE: f32 = 4e-6;
@@ -41,7 +42,6 @@ impl WeightDot for NlDot {
 pub struct XsDot;
 
 impl WeightDot for XsDot {
-    type Weights = blocks::iq4_xs::Iq4Xs;
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter once a super-block.
     const TOLERANCE: f32 = 4e-6;
@@ -69,5 +69,43 @@ impl WeightDot for XsDot {
             }
         }
         acc.map(|a| isa.sum(a))
+    }
+}
+
+/// Four nibbles (a byte each) to the values they stand for, as panels hold signed weights.
+#[inline(always)]
+fn values<I: Isa>(nibbles: Lanes) -> Lanes {
+    nibbles.map(|n| u32::from_le_bytes(n.to_le_bytes().map(|i| (i32::from(VALUES[usize::from(i & 15)]) + I::SIGNED_BIAS) as u8)))
+}
+
+impl PanelWeights for NlDot {
+    type Codec = blocks::iq4_nl::Iq4Nl;
+    type Panel = FloatScales;
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales) {
+        for b in 0..8 {
+            p.d[b] = panel::halves(isa, rows, 18 * b);
+        }
+        unpack_nibbles(isa, rows, std::array::from_fn(|b| 18 * b + 2), &mut p.q);
+        p.q.iter_mut().for_each(|q| *q = values::<I>(*q));
+    }
+}
+
+impl PanelWeights for XsDot {
+    type Codec = blocks::iq4_xs::Iq4Xs;
+    type Panel = IntegerScales;
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        p.d = panel::halves(isa, rows, 0);
+        let (low, high) = (panel::words(rows, 4), panel::words(rows, 0));
+        for s in 0..8 {
+            p.scales[s] = std::array::from_fn(|r| ((low[r] >> (4 * s) & 15) | (high[r] >> (16 + 2 * s) & 3) << 4).wrapping_sub(32));
+        }
+        unpack_nibbles(isa, rows, std::array::from_fn(|b| 8 + 16 * b), &mut p.q);
+        p.q.iter_mut().for_each(|q| *q = values::<I>(*q));
     }
 }

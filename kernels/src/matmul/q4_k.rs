@@ -9,7 +9,8 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use crate::isa::Isa;
+use super::panel::{self, IntegerScales, LANES, PanelWeights};
+use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 
 pub struct Dot;
@@ -45,7 +46,6 @@ pub fn sums_of<'a>(x: &'a ActivationRow<'_>, i: usize) -> &'a [i16; 16] {
 }
 
 impl WeightDot for Dot {
-    type Weights = blocks::q4_k::Q4K;
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter twice a super-block.
     const TOLERANCE: f32 = 4e-6;
@@ -79,5 +79,49 @@ impl WeightDot for Dot {
             }
         }
         acc.map(|a| isa.sum(a))
+    }
+}
+
+/// Scales, mins, d and dmin of 16 rows, which Q4_K and Q5_K have in the same 16 bytes.
+#[inline(always)]
+pub fn unpack_scales<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+    p.d = panel::halves(isa, rows, 0);
+    p.dmin = panel::halves(isa, rows, 2).map(|m| -m);
+    let (a, b, c) = (panel::words(rows, 4), panel::words(rows, 8), panel::words(rows, 12));
+    let low = |x: &Lanes| panel::fields(x, 0, 63);
+    let high = |nibbles: Lanes, x: &Lanes| -> Lanes {
+        let top = panel::fields(x, 6, 3);
+        std::array::from_fn(|r| nibbles[r] | top[r] << 4)
+    };
+    let scales = [low(&a), high(panel::fields(&c, 0, 15), &a)];
+    let mins = [low(&b), high(panel::fields(&c, 4, 15), &b)];
+    for s in 0..8 {
+        p.scales[s] = panel::byte(&scales[s / 4], s as u32 % 4).map(|s| isa.panel_scale(s as i32));
+    }
+    for pair in 0..4 {
+        let at = 2 * (pair as u32 % 2);
+        let (even, odd) = (panel::byte(&mins[pair / 2], at), panel::byte(&mins[pair / 2], at + 1));
+        p.min_pairs[pair] = std::array::from_fn(|r| even[r] | odd[r] << 16);
+    }
+}
+
+impl PanelWeights for Dot {
+    type Codec = blocks::q4_k::Q4K;
+    type Panel = IntegerScales;
+    const MAX: i32 = 15;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        unpack_scales(isa, rows, p);
+        for n in 0..2 {
+            let raw = panel::transposed(isa, rows, 16 + 64 * n);
+            for (j, raw) in raw.iter().enumerate() {
+                // Dword j % 8 of sub-block 4n + 2(j / 8), and of the next in its high nibbles.
+                let step = 32 * n + 16 * (j / 8) + j % 8;
+                p.q[step] = panel::fields(raw, 0, 15);
+                p.q[step + 8] = panel::fields(raw, 4, 15);
+            }
+        }
     }
 }

@@ -2,14 +2,14 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::q4_k::{doubled, scales_and_mins, sub_blocks, sums_of};
-use crate::isa::Isa;
+use super::panel::{self, IntegerScales, LANES, PanelWeights};
+use super::q4_k::{doubled, scales_and_mins, sub_blocks, sums_of, unpack_scales};
+use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 
 pub struct Dot;
 
 impl WeightDot for Dot {
-    type Weights = blocks::q5_k::Q5K;
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter twice a super-block.
     const TOLERANCE: f32 = 4e-6;
@@ -47,5 +47,32 @@ impl WeightDot for Dot {
             }
         }
         acc.map(|a| isa.sum(a))
+    }
+}
+
+impl PanelWeights for Dot {
+    type Codec = blocks::q5_k::Q5K;
+    type Panel = IntegerScales;
+    const MAX: i32 = 31;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        unpack_scales(isa, rows, p);
+        // Dwords 4 to 11 hold the fifth bits.
+        let high = panel::transposed(isa, rows, 0);
+        for n in 0..2 {
+            let raw = panel::transposed(isa, rows, 48 + 64 * n);
+            for (j, raw) in raw.iter().enumerate() {
+                let sub = 4 * n + 2 * (j / 8);
+                let high = &high[4 + j % 8];
+                let with_fifth = |nibbles: Lanes, sub: usize| -> Lanes {
+                    let bits = panel::fields(high, sub as u32, 1);
+                    std::array::from_fn(|r| nibbles[r] | bits[r] << 4)
+                };
+                p.q[8 * sub + j % 8] = with_fifth(panel::fields(raw, 0, 15), sub);
+                p.q[8 * sub + 8 + j % 8] = with_fifth(panel::fields(raw, 4, 15), sub + 1);
+            }
+        }
     }
 }

@@ -9,14 +9,14 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
+use super::panel::{self, IntegerScales, LANES, PanelWeights};
 use super::q4_k::{sub_blocks, sums_of};
-use crate::isa::Isa;
+use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 
 pub struct Dot;
 
 impl WeightDot for Dot {
-    type Weights = blocks::q6_k::Q6K;
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter twice a super-block.
     const TOLERANCE: f32 = 4e-6;
@@ -50,5 +50,40 @@ impl WeightDot for Dot {
             }
         }
         acc.map(|a| isa.sum(a))
+    }
+}
+
+impl PanelWeights for Dot {
+    type Codec = blocks::q6_k::Q6K;
+    type Panel = IntegerScales;
+    const MAX: i32 = 63;
+    const OFFSET: i32 = 32;
+    const SUB: usize = 16;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        p.d = panel::halves(isa, rows, 208);
+        for i in 0..4 {
+            let scales = panel::words(rows, 192 + 4 * i);
+            for j in 0..4 {
+                p.scales[4 * i + j] = scales.map(|s| isa.panel_scale(i32::from((s >> (8 * j)) as i8)));
+            }
+        }
+        let high = panel::transposed(isa, rows, 128);
+        for half in 0..2 {
+            let low = panel::transposed(isa, rows, 64 * half);
+            for (j, low) in low.iter().enumerate() {
+                // Dword j % 8 of the half's 32 columns j / 8, and of those 64 columns on in the high nibbles.
+                let high = &high[8 * half + j % 8];
+                let quarter = j / 8;
+                let with_top = |nibbles: Lanes, quarter: usize| -> Lanes {
+                    let bits = panel::fields(high, 2 * quarter as u32, 3);
+                    std::array::from_fn(|r| nibbles[r] | bits[r] << 4)
+                };
+                let step = 32 * half + 8 * quarter + j % 8;
+                p.q[step] = with_top(panel::fields(low, 0, 15), quarter);
+                p.q[step + 16] = with_top(panel::fields(low, 4, 15), quarter + 2);
+            }
+        }
     }
 }

@@ -1,0 +1,317 @@
+//! Prefill: many tokens against the same weights.
+//!
+//! ```text
+//! for each 16 or 32 rows of weights, on one thread:
+//!     for each slab of 256 columns:
+//!         unpack the rows' slab into a panel (L1): quants as bytes, four of a
+//!             row in a dword, 16 rows side by side; scales in lanes
+//!         for each group of 6 tokens:
+//!             C[group] += panel · activations[slab][group]   (a register tile)
+//!     out = C
+//! ```
+//!
+//! Weights are read from the map once a batch and unpacked once; the panel
+//! stays in L1 while all tokens pass, the activations of a slab and C (both
+//! about 100–200 KiB for 512 tokens) in L2. A family of types shares a tile
+//! kernel: integer sub-block scales (`integer_scales.rs`), a float scale a 32
+//! (`float_scales.rs`), floats (`floats.rs`).
+
+pub mod float_scales;
+pub mod floats;
+pub mod integer_scales;
+
+use super::activation::Activations;
+use crate::isa::{GROUP, Isa, Lanes, TokenDwords, TokenInts};
+use crate::threads::Tile;
+use gguf::blocks::Codec;
+use std::cell::RefCell;
+
+pub use float_scales::FloatScales;
+pub use floats::{FloatBlock, Floats};
+pub use integer_scales::IntegerScales;
+
+/// Columns that a panel covers.
+pub const SLAB: usize = 256;
+/// Dwords of a slab.
+pub const STEPS: usize = SLAB / 4;
+/// Rows in lanes.
+pub const LANES: usize = 16;
+
+/// 256 columns of a group of tokens, quantized.
+#[derive(Debug, Clone)]
+pub struct QuantizedBlock {
+    pub q: [TokenDwords; STEPS],
+    /// Scale of each 32 columns (all equal in `Q8Per256`).
+    pub d: [[f32; GROUP]; 8],
+    /// Σ q of each 16 and each 32 columns.
+    pub sums_16: [TokenInts; 16],
+    pub sums_32: [TokenInts; 8],
+    /// The same, two 16-bit sums in one: even sub-block low, odd high.
+    pub pairs_16: [TokenInts; 8],
+    pub pairs_32: [TokenInts; 4],
+    /// d · Σ q of each 32.
+    pub offsets_32: [[f32; GROUP]; 8],
+    /// Of each token, the largest Σ|q| of 16 columns, the larger of its positive
+    /// and negative part; the same of 32.
+    pub peaks: [[i32; 4]; GROUP],
+}
+
+impl QuantizedBlock {
+    pub const EMPTY: QuantizedBlock = QuantizedBlock {
+        q: [[[0; 4]; GROUP]; STEPS],
+        d: [[0.0; GROUP]; 8],
+        sums_16: [[0; GROUP]; 16],
+        sums_32: [[0; GROUP]; 8],
+        pairs_16: [[0; GROUP]; 8],
+        pairs_32: [[0; GROUP]; 4],
+        offsets_32: [[0.0; GROUP]; 8],
+        peaks: [[0; 4]; GROUP],
+    };
+}
+
+/// A weight type that can be unpacked into panels.
+pub trait PanelWeights: Send + Sync + 'static {
+    type Codec: Codec;
+    /// Its family.
+    type Panel: Panel;
+    /// Quants are 0..=MAX and stand for q − OFFSET; or are signed bytes.
+    const MAX: i32 = 255;
+    const OFFSET: i32 = 0;
+    const SIGNED: bool = false;
+    /// Columns that share an integer scale: 16 or 32.
+    const SUB: usize = 32;
+    const MINS: bool = false;
+
+    /// One slab of 16 rows, `SLAB / LEN · BYTES` bytes each.
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], panel: &mut Self::Panel);
+}
+
+/// What a family keeps of 16 rows of a slab, and how it multiplies.
+pub trait Panel: Sized {
+    const EMPTY: Self;
+
+    /// C (R × GROUP rows of 16 lanes), its tokens `at.tokens..at.tokens + T`,
+    /// += panels · activations; replaces it in the first slab.
+    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[Self; R],
+        acts: &Activations,
+        at: At,
+        c: &mut [Sums],
+    );
+}
+
+/// Which activations a tile multiplies.
+#[derive(Clone, Copy)]
+pub struct At {
+    pub slab: usize,
+    pub group: usize,
+    /// First token within the group.
+    pub tokens: usize,
+}
+
+/// 16 rows' sums of one token, on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub struct Sums(pub [f32; LANES]);
+
+thread_local! {
+    static C: RefCell<Vec<Sums>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Bytes of scratch that each thread keeps for batches of `n_tokens`.
+pub fn scratch_bytes(n_tokens: usize) -> usize {
+    n_tokens.next_multiple_of(GROUP) * 2 * size_of::<Sums>()
+}
+
+/// Rows of weights that pass through the panel together.
+pub const ROWS: usize = 2 * LANES;
+
+/// Fills `tile` (tokens × rows; the first token is a multiple of GROUP) from `weights`.
+#[inline(always)]
+pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
+    if I::WIDE_TILE {
+        run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile);
+    } else {
+        run_tiles::<I, W, 1, 3, 1>(isa, weights, row_bytes, acts, tile);
+    }
+}
+
+#[inline(always)]
+fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMALL: usize>(
+    isa: I,
+    weights: &[u8],
+    row_bytes: usize,
+    acts: &Activations,
+    tile: &mut Tile<'_>,
+) {
+    let (tokens, cols) = (tile.rows.clone(), tile.cols.clone());
+    assert!(tokens.start.is_multiple_of(GROUP));
+    let groups = tokens.start / GROUP..tokens.end.div_ceil(GROUP);
+    let slab_bytes = SLAB / W::Codec::LEN * W::Codec::BYTES;
+    let mut panels = [const { W::Panel::EMPTY }; R];
+    // Taken out and put back: a closure around this loop would be compiled without the ISA's features.
+    let mut c = C.take();
+    c.resize(groups.len() * R * GROUP, Sums([0.0; LANES]));
+    for first in cols.clone().step_by(R * LANES) {
+        for slab in 0..row_bytes.div_ceil(slab_bytes) {
+            for (r, panel) in panels.iter_mut().enumerate() {
+                unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
+            }
+            let next = NextSlab { weights, row_bytes, first, rows: (cols.end - first).min(R * LANES), from: (slab + 1) * slab_bytes };
+            for (i, (group, c)) in groups.clone().zip(c.chunks_exact_mut(R * GROUP)).enumerate() {
+                next.prefetch(isa, slab_bytes, i, groups.len());
+                let n = GROUP.min(tokens.end - group * GROUP);
+                let mut at = At { slab, group, tokens: 0 };
+                while at.tokens < n {
+                    if at.tokens + T <= GROUP && at.tokens + T < n + SMALL {
+                        W::Panel::multiply::<I, W, R, T>(isa, &panels, acts, at, c);
+                        at.tokens += T;
+                    } else {
+                        W::Panel::multiply::<I, W, R, SMALL>(isa, &panels, acts, at, c);
+                        at.tokens += SMALL;
+                    }
+                }
+            }
+        }
+        for t in tokens.clone() {
+            let (g, in_group) = (t / GROUP - groups.start, t % GROUP);
+            let out = &mut tile.row_mut(t)[first - cols.start..];
+            for (r, out) in out.chunks_mut(LANES).take(R).enumerate() {
+                let sums = &c[(g * R + r) * GROUP + in_group].0;
+                match out.first_chunk_mut::<LANES>() {
+                    Some(whole) => *whole = *sums,
+                    None => out.copy_from_slice(&sums[..out.len()]),
+                }
+            }
+        }
+    }
+    C.set(c);
+}
+
+/// Unpacks `rows` (16 of them; where fewer are left the last stands in for the rest).
+#[inline(always)]
+fn unpack<I: Isa, W: PanelWeights>(
+    isa: I,
+    weights: &[u8],
+    row_bytes: usize,
+    rows: std::ops::Range<usize>,
+    slab: usize,
+    panel: &mut W::Panel,
+) {
+    let slab_bytes = SLAB / W::Codec::LEN * W::Codec::BYTES;
+    let last = rows.end - 1;
+    let row = |r: usize| {
+        let at = (rows.start + r).min(last) * row_bytes + slab * slab_bytes;
+        &weights[at..at + slab_bytes.min(row_bytes - slab * slab_bytes)]
+    };
+    if (slab + 1) * slab_bytes <= row_bytes {
+        let rows: [&[u8]; LANES] = std::array::from_fn(row);
+        W::unpack(isa, &rows, panel);
+        return;
+    }
+    // The last slab of a row of a small-block type: filled up with zeros, which decode to zeros.
+    let mut whole = [[0u8; 4 * SLAB]; LANES];
+    for (r, whole) in whole.iter_mut().enumerate() {
+        let part = row(r);
+        whole[..part.len()].copy_from_slice(part);
+    }
+    let rows: [&[u8]; LANES] = std::array::from_fn(|r| &whole[r][..slab_bytes]);
+    W::unpack(isa, &rows, panel);
+}
+
+/// The bytes that will be unpacked next, brought near a few lines at a time while tiles run.
+struct NextSlab<'a> {
+    weights: &'a [u8],
+    row_bytes: usize,
+    first: usize,
+    rows: usize,
+    /// Offset in a row.
+    from: usize,
+}
+
+impl NextSlab<'_> {
+    /// Share `i` of `n`.
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, slab_bytes: usize, i: usize, n: usize) {
+        let lines_a_row = slab_bytes.div_ceil(64);
+        let lines = lines_a_row * self.rows;
+        for line in i * lines / n..(i + 1) * lines / n {
+            let at = (self.first + line / lines_a_row) * self.row_bytes + self.from + line % lines_a_row * 64;
+            if let Some(bytes) = self.weights.get(at..) {
+                isa.prefetch(bytes);
+            }
+        }
+    }
+}
+
+/// Dword `at / 4` of each row, at any alignment.
+#[inline(always)]
+pub fn words(rows: &[&[u8]; LANES], at: usize) -> Lanes {
+    std::array::from_fn(|r| u32::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab")))
+}
+
+/// The f16 at `at` of each row.
+#[inline(always)]
+pub fn halves<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [f32; LANES] {
+    std::array::from_fn(|r| isa.f16(u16::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab"))))
+}
+
+/// 64 bytes from `at` on of each row, transposed.
+#[inline(always)]
+pub fn transposed<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [Lanes; LANES] {
+    isa.transpose(rows.map(|r| r[at..].first_chunk().expect("within the slab")))
+}
+
+/// Byte `i` of each dword.
+#[inline(always)]
+pub fn byte(words: &Lanes, i: u32) -> Lanes {
+    words.map(|w| w >> (8 * i) & 0xff)
+}
+
+/// `(w >> shift) & mask` in each byte of each dword; foreign bits are masked off.
+#[inline(always)]
+pub fn fields(words: &Lanes, shift: u32, mask: u8) -> Lanes {
+    let mask = u32::from(mask) * 0x0101_0101;
+    words.map(|w| w >> shift & mask)
+}
+
+/// What sums of signed weights begin with: −bias·Σx.
+#[inline(always)]
+fn biased_start<I: Isa, const R: usize, const T: usize>(isa: I, sums: &TokenInts, tokens: usize) -> [[I::Int; T]; R] {
+    let mut p = [[isa.zero_int(); T]; R];
+    if I::SIGNED_BIAS != 0 {
+        for t in 0..T {
+            let first = isa.splat_int(-I::SIGNED_BIAS * sums[tokens + t]);
+            for p in &mut p {
+                p[t] = first;
+            }
+        }
+    }
+    p
+}
+
+/// One dword of signed weights, of R × 16 rows.
+#[inline(always)]
+fn biased_step<I: Isa, const R: usize, const T: usize>(isa: I, w: [&Lanes; R], x: &TokenDwords, tokens: usize, p: &mut [[I::Int; T]; R]) {
+    let w = w.map(|w| isa.load_lanes(w));
+    for t in 0..T {
+        let x = isa.splat_4(x[tokens + t]);
+        for r in 0..R {
+            p[r][t] = isa.dot_biased(p[r][t], w[r], x);
+        }
+    }
+}
+
+/// C += sum; in the first slab, C = sum.
+#[inline(always)]
+fn add_to<I: Isa, const R: usize, const T: usize>(isa: I, sum: &[[I::Float; T]; R], at: At, c: &mut [Sums]) {
+    let one = isa.splat(1.0);
+    for r in 0..R {
+        for t in 0..T {
+            let c = &mut c[r * GROUP + at.tokens + t].0;
+            let y = if at.slab == 0 { sum[r][t] } else { isa.mul_add(sum[r][t], one, isa.load_float(c)) };
+            isa.store_float(y, c);
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The tile of types with a float scale a 32 (the legacy types and IQ4_NL),
+//! against activations with a scale a 32.
+//!
+//! ```text
+//! for each block of 32:
+//!     p  = Σ q·x  −  OFFSET·Σx                 (i32, by four)
+//!     C += p · (d · d_x)  +  m · (d_x·Σx)      (float, 16 rows in lanes)
+//! ```
+
+use super::{At, LANES, Panel, PanelWeights, STEPS, Sums};
+use crate::isa::{Isa, Lanes};
+use crate::matmul::activation::Activations;
+
+#[repr(C, align(64))]
+pub struct FloatScales {
+    pub q: [Lanes; STEPS],
+    pub d: [[f32; LANES]; 8],
+    pub m: [[f32; LANES]; 8],
+}
+
+impl Panel for FloatScales {
+    const EMPTY: Self = FloatScales { q: [[0; LANES]; STEPS], d: [[0.0; LANES]; 8], m: [[0.0; LANES]; 8] };
+
+    #[inline(always)]
+    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[Self; R],
+        acts: &Activations,
+        at: At,
+        c: &mut [Sums],
+    ) {
+        let x = &acts.slab(at.slab)[at.group];
+        let mut sum = [[isa.zero_float(); T]; R];
+        for block in 0..8 {
+            let steps = 8 * block..8 * block + 8;
+            let mut p;
+            if W::SIGNED {
+                p = super::biased_start::<I, R, T>(isa, &x.sums_32[block], at.tokens);
+                for step in steps {
+                    super::biased_step(isa, std::array::from_fn(|r| &panels[r].q[step]), &x.q[step], at.tokens, &mut p);
+                }
+            } else {
+                p = [[isa.zero_int(); T]; R];
+                for t in 0..T {
+                    let first = isa.splat_int(-W::OFFSET * x.sums_32[block][at.tokens + t]);
+                    for p in &mut p {
+                        p[t] = first;
+                    }
+                }
+                for step in steps {
+                    let w: [I::Bytes; R] = std::array::from_fn(|r| isa.load_lanes(&panels[r].q[step]));
+                    for t in 0..T {
+                        let x = isa.splat_4(x.q[step][at.tokens + t]);
+                        for r in 0..R {
+                            p[r][t] = isa.dot_unsigned(p[r][t], w[r], x);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                let (d, m) = (isa.load_float(&panels[r].d[block]), isa.load_float(&panels[r].m[block]));
+                for t in 0..T {
+                    let dx = isa.mul(d, isa.splat(x.d[block][at.tokens + t]));
+                    sum[r][t] = isa.mul_add(isa.to_float(p[r][t]), dx, sum[r][t]);
+                    if W::MINS {
+                        sum[r][t] = isa.mul_add(m, isa.splat(x.offsets_32[block][at.tokens + t]), sum[r][t]);
+                    }
+                }
+            }
+        }
+        super::add_to(isa, &sum, at, c);
+    }
+}

@@ -1,0 +1,145 @@
+//! The tile of types with integer scales a 16 or 32 and a float a 256 (the
+//! K-quants and IQ4_XS), against activations with one scale a 256.
+//!
+//! ```text
+//! for each sub-block s:
+//!     p    = Σ q·x  −  OFFSET·Σx              (i32, by four)
+//!     acc += scale[s] · p                      (i32)
+//! acc_m   += min[s] · Σx[s]                    (i32, pairs of sub-blocks)
+//! C       += d_x · (d · acc − dmin · acc_m)    (float, once a 256)
+//! ```
+//!
+//! Where every p of a tile fits in 16 bits, as the activations' sums prove for
+//! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
+
+use super::{At, LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use crate::isa::{GROUP, Isa, Lanes, TokenInts};
+use crate::matmul::activation::Activations;
+
+#[repr(C, align(64))]
+pub struct IntegerScales {
+    pub q: [Lanes; STEPS],
+    /// In the form of `Isa::panel_scale`; signed types: sign-extended.
+    pub scales: [Lanes; 16],
+    /// Mins of sub-blocks 2i (low half) and 2i + 1 (high half).
+    pub min_pairs: [Lanes; 8],
+    pub d: [f32; LANES],
+    /// Negated.
+    pub dmin: [f32; LANES],
+}
+
+/// True if |Σ (q − OFFSET)·x| of each sub-block is below 2^15 for every possible weight.
+#[inline(always)]
+fn is_narrow<W: PanelWeights>(x: &QuantizedBlock) -> bool {
+    if W::SIGNED {
+        return false;
+    }
+    let size = if W::SUB == 16 { 0 } else { 2 };
+    // Without an offset q ≥ 0, so a sum is bounded by one sign's part.
+    let (which, factor) = if W::OFFSET == 0 { (size + 1, W::MAX) } else { (size, W::OFFSET.max(W::MAX - W::OFFSET)) };
+    x.peaks.iter().all(|p| p[which] * factor < 1 << 15)
+}
+
+impl Panel for IntegerScales {
+    const EMPTY: Self =
+        IntegerScales { q: [[0; LANES]; STEPS], scales: [[0; LANES]; 16], min_pairs: [[0; LANES]; 8], d: [0.0; LANES], dmin: [0.0; LANES] };
+
+    #[inline(always)]
+    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[Self; R],
+        acts: &Activations,
+        at: At,
+        c: &mut [Sums],
+    ) {
+        let x = &acts.slab(at.slab)[at.group];
+        let mut acc = [[isa.zero_int(); T]; R];
+        if W::SIGNED {
+            signed::<I, W, R, T>(isa, panels, x, at.tokens, &mut acc);
+        } else if is_narrow::<W>(x) {
+            unsigned::<I, W, R, T, true>(isa, panels, x, at.tokens, &mut acc);
+        } else {
+            unsigned::<I, W, R, T, false>(isa, panels, x, at.tokens, &mut acc);
+        }
+        let mut mins = [[isa.zero_int(); T]; R];
+        if W::MINS {
+            for pair in 0..128 / W::SUB {
+                let sums = if W::SUB == 16 { &x.pairs_16[pair] } else { &x.pairs_32[pair % 4] };
+                for r in 0..R {
+                    let m = isa.load_int(&panels[r].min_pairs[pair]);
+                    for t in 0..T {
+                        mins[r][t] = isa.dot_pairs(mins[r][t], m, isa.splat_int(sums[at.tokens + t]));
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            let (d, dmin) = (isa.load_float(&panels[r].d), isa.load_float(&panels[r].dmin));
+            for t in 0..T {
+                let mut y = isa.mul(isa.to_float(acc[r][t]), d);
+                if W::MINS {
+                    y = isa.mul_add(isa.to_float(mins[r][t]), dmin, y);
+                }
+                let c = &mut c[r * GROUP + at.tokens + t].0;
+                let old = if at.slab == 0 { isa.zero_float() } else { isa.load_float(c) };
+                isa.store_float(isa.mul_add(y, isa.splat(x.d[0][at.tokens + t]), old), c);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const T: usize, const NARROW: bool>(
+    isa: I,
+    panels: &[IntegerScales; R],
+    x: &QuantizedBlock,
+    tokens: usize,
+    acc: &mut [[I::Int; T]; R],
+) {
+    let mut init = [[0i32; GROUP]; 16];
+    if W::OFFSET != 0 {
+        let sums: &[TokenInts] = if W::SUB == 16 { &x.sums_16 } else { &x.sums_32 };
+        for (i, s) in init.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+            *i = -W::OFFSET * s;
+        }
+    }
+    let steps = W::SUB / 4;
+    for sub in 0..256 / W::SUB {
+        let range = sub * steps..(sub + 1) * steps;
+        let w: [&[Lanes]; R] = std::array::from_fn(|r| &panels[r].q[range.clone()]);
+        let scale: [&Lanes; R] = std::array::from_fn(|r| &panels[r].scales[sub]);
+        let init = (W::OFFSET != 0).then_some(&init[sub]);
+        // The largest quant decides how soon 16-bit sums overflow.
+        match W::MAX {
+            ..=3 => isa.scaled_dots::<R, T, 3, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            ..=7 => isa.scaled_dots::<R, T, 7, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            ..=15 => isa.scaled_dots::<R, T, 15, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            ..=31 => isa.scaled_dots::<R, T, 31, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            _ => isa.scaled_dots::<R, T, 63, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+        }
+    }
+}
+
+#[inline(always)]
+fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const T: usize>(
+    isa: I,
+    panels: &[IntegerScales; R],
+    x: &QuantizedBlock,
+    tokens: usize,
+    acc: &mut [[I::Int; T]; R],
+) {
+    let steps = W::SUB / 4;
+    for sub in 0..256 / W::SUB {
+        let sums = if W::SUB == 16 { &x.sums_16[sub] } else { &x.sums_32[sub % 8] };
+        let mut p = super::biased_start::<I, R, T>(isa, sums, tokens);
+        for step in sub * steps..(sub + 1) * steps {
+            super::biased_step(isa, std::array::from_fn(|r| &panels[r].q[step]), &x.q[step], tokens, &mut p);
+        }
+        for r in 0..R {
+            let scale = isa.load_int(&panels[r].scales[sub]);
+            for t in 0..T {
+                acc[r][t] = isa.mul_add_int(acc[r][t], p[r][t], scale);
+            }
+        }
+    }
+}
