@@ -87,6 +87,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn sum(self, v: Self::Float) -> f32;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn store_float(self, v: Self::Float, out: &mut [f32; 16]);
+    /// 16 f16, as bits.
+    fn load_half(self, bits: &[u16; 16]) -> Self::Float;
+    /// Lane i is the sum of v\[i\]'s lanes.
+    fn sums(self, v: [Self::Float; 16]) -> Self::Float;
+    /// As `transpose`, of floats.
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16];
 
     /// What a panel of signed weights adds to each, as `dot_panel` wants them: 128 or 0.
     const SIGNED_BIAS: i32;

@@ -36,10 +36,20 @@ per_isa! {
 }
 
 per_isa! {
-    /// gate = silu(gate) · up, silu(x) = x / (1 + e^−x).
-    swiglu<'a>(gate: &'a mut [f32], up: &'a [f32]) {
-        for (g, &u) in gate.iter_mut().zip(up) {
-            *g = *g / (1.0 + exp(-*g)) * u;
+    /// As `rms_norm_row`, in place.
+    rms_norm_in_place<'a>(x: &'a mut [f32], weight: &'a [f32], eps: f32) {
+        let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+        for (x, &w) in x.iter_mut().zip(weight) {
+            *x *= scale * w;
+        }
+    }
+}
+
+per_isa! {
+    /// out = silu(gate) · up, silu(x) = x / (1 + e^−x).
+    swiglu<'a>(gate: &'a [f32], up: &'a [f32], out: &'a mut [f32]) {
+        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+            *o = g / (1.0 + exp(-g)) * u;
         }
     }
 }
@@ -144,22 +154,26 @@ impl RopeTable {
         }
     }
 
-    /// Rotates one head of token `t`: pairs (2i, 2i + 1) if `adjacent`, else (i, i + half).
-    pub fn rotate(&self, t: usize, head: &mut [f32], adjacent: bool) {
+    /// Rotates the first dimensions of each head of token `t`: pairs (2i, 2i + 1) if `adjacent`, else (i, i + half).
+    pub fn rotate(&self, t: usize, heads: &mut [f32], head_dim: usize, adjacent: bool) {
         let (cos, sin) = (&self.cos[t * self.half..(t + 1) * self.half], &self.sin[t * self.half..(t + 1) * self.half]);
-        let head = &mut head[..2 * self.half];
-        if adjacent {
-            for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
-                let (a, b) = (pair[0], pair[1]);
-                pair[0] = a * c - b * s;
-                pair[1] = a * s + b * c;
-            }
-        } else {
-            let (lo, hi) = head.split_at_mut(self.half);
-            for (((a, b), c), s) in lo.iter_mut().zip(hi).zip(cos).zip(sin) {
-                let (x, y) = (*a, *b);
-                *a = x * c - y * s;
-                *b = x * s + y * c;
+        rotate(heads, head_dim, cos, sin, adjacent);
+    }
+}
+
+per_isa! {
+    rotate<'a>(heads: &'a mut [f32], head_dim: usize, cos: &'a [f32], sin: &'a [f32], adjacent: bool) {
+        for head in heads.chunks_exact_mut(head_dim) {
+            let head = &mut head[..2 * cos.len()];
+            if adjacent {
+                for ((pair, c), s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                    *pair = [pair[0] * c - pair[1] * s, pair[0] * s + pair[1] * c];
+                }
+            } else {
+                let (lo, hi) = head.split_at_mut(cos.len());
+                for (((a, b), c), s) in lo.iter_mut().zip(hi).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
+                }
             }
         }
     }

@@ -3,12 +3,12 @@
 
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
-use crate::layers::attention::{self, norm_rows};
-use crate::layers::{Quantized, feed_forward};
+use crate::layers::{Quantized, attention, feed_forward};
 use crate::model::Model;
 use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
-use kernels::vecmath::RopeTable;
+use kernels::attention::Partials;
+use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
 
 /// Tokens that pass through the layers together.
@@ -42,20 +42,20 @@ pub(crate) struct Scratch {
     pub attended: Vec<f32>,
     pub gate: Vec<f32>,
     pub up: Vec<f32>,
-    pub expert_in: Vec<f32>,
     pub expert_out: Vec<f32>,
     pub router_scores: Vec<f32>,
     pub quantized: Quantized,
+    pub partials: Partials,
 }
 
 impl Scratch {
     /// Floats of each buffer, in the order of the fields.
-    fn lengths(h: &Hparams, batch: usize) -> [usize; 11] {
+    fn lengths(h: &Hparams, batch: usize) -> [usize; 10] {
         let moe = h.n_experts > 0;
         let ffn = if moe { h.expert_ffn } else { h.ffn };
         let expert = if moe { h.hidden } else { 0 };
         let per_token =
-            [h.hidden, h.hidden, h.dim(Dim::Q), h.dim(Dim::K), h.dim(Dim::V), h.dim(Dim::AttnOut), ffn, ffn, expert, expert, h.n_experts];
+            [h.hidden, h.hidden, h.dim(Dim::Q), h.dim(Dim::K), h.dim(Dim::V), h.dim(Dim::AttnOut), ffn, ffn, expert, h.n_experts];
         per_token.map(|n| n as usize * batch)
     }
 
@@ -80,10 +80,10 @@ impl Scratch {
             attended: next(),
             gate: next(),
             up: next(),
-            expert_in: next(),
             expert_out: next(),
             router_scores: next(),
             quantized: Quantized::new(),
+            partials: Partials::default(),
         }
     }
 }
@@ -158,12 +158,14 @@ impl<'m> Decoder<'m> {
         cache.advance(n);
         if from < n {
             let s = &mut self.scratch;
-            let rows = (n - from) * hidden;
-            norm_rows(&s.x[from * hidden..n * hidden], &self.model.output_norm, h.rms_eps, &mut s.normed[..rows]);
             let vocab = self.model.vocab();
             let old = self.logits.len();
             self.logits.resize(old + (n - from) * vocab, 0.0);
-            s.quantized.matmul(pool, &s.normed[..rows], hidden, &mut [(&self.model.output, &mut self.logits[old..])]);
+            let (x, weight) = (&s.x, &self.model.output_norm);
+            let norm = |t: usize, out: &mut [f32]| {
+                vecmath::rms_norm_row(&x[(from + t) * hidden..(from + t + 1) * hidden], weight, h.rms_eps, out);
+            };
+            s.quantized.matmul(pool, n - from, hidden, &norm, &mut [(&self.model.output, &mut self.logits[old..])]);
             // NaN spreads, so the last row tells whether anything went wrong on the way.
             if !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { position: first_pos + n - 1 });

@@ -1,4 +1,4 @@
-//! Keys and values of past tokens, f16, one region a layer and KV head:
+//! Keys and values of past tokens, one region a layer and KV head:
 //! [n_kv_heads][capacity][dim]. Capacity is fixed when the cache is made; the
 //! system backs its pages only as tokens arrive.
 
@@ -7,7 +7,9 @@ use gguf::Hparams;
 use gguf::arch::Dim;
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-use kernels::attention::KvView;
+use kernels::Pool;
+use kernels::attention::{KV_BLOCK, KvView};
+use std::sync::Mutex;
 
 /// Storage types of the cache, by the names users write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,45 +43,109 @@ impl KvType {
     }
 }
 
-/// One layer's keys or values. f16 is kept as bits: zeroed pages of integers
-/// and floats cost nothing until written.
+/// One layer's keys or values: n_kv_heads × capacity rows of `dim`. Integers
+/// and plain floats, whose zeroed pages cost nothing until written. The
+/// quantized forms keep quants and scales apart, in as many bytes as the block
+/// types of their names.
 enum Store {
     F16(Vec<u16>),
     F32(Vec<f32>),
+    Q8 { q: Vec<i8>, d: Vec<u16> },
+    Q4 { q: Vec<u8>, d: Vec<u16> },
 }
 
 impl Store {
-    fn zeroed(kind: KvType, n: usize, needed: usize) -> Result<Store> {
+    fn zeroed(kind: KvType, n: usize, dim: usize, needed: usize) -> Result<Store> {
         let out_of_memory = || Error::OutOfMemory { what: "KV cache", needed };
-        // A failing reservation is an error, not an abort; the zeroed vector then takes its place.
-        Vec::<u8>::new().try_reserve_exact(kind.bytes(n as u64) as usize).map_err(|_| out_of_memory())?;
-        match kind {
-            KvType::F16 => Ok(Store::F16(vec![0; n])),
-            KvType::F32 => Ok(Store::F32(vec![0.0; n])),
-            KvType::Q8_0 | KvType::Q4_0 => Err(Error::BadOption {
+        if matches!(kind, KvType::Q8_0 | KvType::Q4_0) && !dim.is_multiple_of(KV_BLOCK) {
+            return Err(Error::BadOption {
                 what: "the KV type",
                 value: kind.name().into(),
-                rule: "f16 to run; q8_0 and q4_0 can only be planned for",
-            }),
+                rule: "f16 or f32 for a model whose head dimension is not a multiple of 32",
+            });
         }
+        // A failing reservation is an error, not an abort; the zeroed vector then takes its place.
+        Vec::<u8>::new().try_reserve_exact(kind.bytes(n as u64) as usize).map_err(|_| out_of_memory())?;
+        Ok(match kind {
+            KvType::F16 => Store::F16(vec![0; n]),
+            KvType::F32 => Store::F32(vec![0.0; n]),
+            KvType::Q8_0 => Store::Q8 { q: vec![0; n], d: vec![0; n / KV_BLOCK] },
+            KvType::Q4_0 => Store::Q4 { q: vec![0; n / 2], d: vec![0; n / KV_BLOCK] },
+        })
     }
 
-    fn write(&mut self, at: usize, x: &[f32]) {
+    /// The store in `n` equal parts (one a KV head), to be written apart.
+    fn heads(&mut self, n: usize) -> Vec<HeadMut<'_>> {
+        fn parts<T>(v: &mut [T], n: usize) -> impl Iterator<Item = &mut [T]> {
+            let len = v.len() / n;
+            v.chunks_exact_mut(len.max(1))
+        }
         match self {
-            Store::F16(bits) => {
-                let halves: &mut [f16] = bits[at..at + x.len()].reinterpret_cast_mut();
-                halves.convert_from_f32_slice(x);
-            }
-            Store::F32(v) => v[at..at + x.len()].copy_from_slice(x),
+            Store::F16(x) => parts(x, n).map(HeadMut::F16).collect(),
+            Store::F32(x) => parts(x, n).map(HeadMut::F32).collect(),
+            Store::Q8 { q, d } => parts(q, n).zip(parts(d, n)).map(|(q, d)| HeadMut::Q8 { q, d }).collect(),
+            Store::Q4 { q, d } => parts(q, n).zip(parts(d, n)).map(|(q, d)| HeadMut::Q4 { q, d }).collect(),
         }
     }
 
     fn view(&self) -> KvView<'_> {
         match self {
-            Store::F16(bits) => KvView::F16(bits.as_slice().reinterpret_cast()),
-            Store::F32(v) => KvView::F32(v),
+            Store::F16(x) => KvView::F16(x),
+            Store::F32(x) => KvView::F32(x),
+            Store::Q8 { q, d } => KvView::Q8 { q, d },
+            Store::Q4 { q, d } => KvView::Q4 { q, d },
         }
     }
+}
+
+/// One KV head's rows, to be written.
+enum HeadMut<'a> {
+    F16(&'a mut [u16]),
+    F32(&'a mut [f32]),
+    Q8 { q: &'a mut [i8], d: &'a mut [u16] },
+    Q4 { q: &'a mut [u8], d: &'a mut [u16] },
+}
+
+impl HeadMut<'_> {
+    /// Values from element `at` on; a multiple of 32 where blocks are written.
+    fn write(&mut self, at: usize, x: &[f32]) {
+        match self {
+            HeadMut::F16(bits) => {
+                let halves: &mut [f16] = bits[at..at + x.len()].reinterpret_cast_mut();
+                halves.convert_from_f32_slice(x);
+            }
+            HeadMut::F32(v) => v[at..at + x.len()].copy_from_slice(x),
+            HeadMut::Q8 { q, d } => {
+                let blocks = q[at..].chunks_exact_mut(KV_BLOCK).zip(&mut d[at / KV_BLOCK..]);
+                for (x, (q, d)) in x.chunks_exact(KV_BLOCK).zip(blocks) {
+                    let scale = f16::from_f32(peak(x).abs() / 127.0);
+                    *d = scale.to_bits();
+                    let inverse = inverse(scale.to_f32());
+                    q.iter_mut().zip(x).for_each(|(q, x)| *q = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8);
+                }
+            }
+            HeadMut::Q4 { q, d } => {
+                let blocks = q[at / 2..].chunks_exact_mut(KV_BLOCK / 2).zip(&mut d[at / KV_BLOCK..]);
+                for (x, (q, d)) in x.chunks_exact(KV_BLOCK).zip(blocks) {
+                    // As Q4_0: the largest value becomes −8.
+                    let scale = f16::from_f32(peak(x) / -8.0);
+                    *d = scale.to_bits();
+                    let inverse = inverse(scale.to_f32());
+                    let quant = |x: f32| (x * inverse + 8.0).round_ties_even().clamp(0.0, 15.0) as u8;
+                    q.iter_mut().enumerate().for_each(|(j, q)| *q = quant(x[j]) | quant(x[j + 16]) << 4);
+                }
+            }
+        }
+    }
+}
+
+/// The value of largest magnitude.
+fn peak(x: &[f32]) -> f32 {
+    x.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m })
+}
+
+fn inverse(x: f32) -> f32 {
+    if x == 0.0 { 0.0 } else { 1.0 / x }
 }
 
 pub struct KvCache {
@@ -97,8 +163,10 @@ impl KvCache {
         let needed = kind.bytes(h.kv_elements_per_token()).checked_mul(capacity as u64);
         let needed = needed.and_then(|n| usize::try_from(n).ok()).filter(|&n| n < isize::MAX as usize);
         let needed = needed.ok_or(Error::OutOfMemory { what: "KV cache", needed: usize::MAX })?;
-        let zeroed = |n: u64| Store::zeroed(kind, n as usize * capacity, needed);
-        let layers = (0..h.n_layers).map(|_| Ok((zeroed(h.dim(Dim::K))?, zeroed(h.dim(Dim::V))?))).collect::<Result<Vec<_>>>()?;
+        let zeroed = |n: u64, dim: u64| Store::zeroed(kind, n as usize * capacity, dim as usize, needed);
+        let layers = (0..h.n_layers)
+            .map(|_| Ok((zeroed(h.dim(Dim::K), h.head_dim)?, zeroed(h.dim(Dim::V), h.value_dim)?)))
+            .collect::<Result<Vec<_>>>()?;
         Ok(KvCache {
             capacity,
             len: 0,
@@ -131,17 +199,32 @@ impl KvCache {
         self.len += n;
     }
 
-    /// Stores K and V (tokens × n_kv_heads × dim) of a layer from position `len` on.
-    pub(crate) fn append(&mut self, layer: usize, k: &[f32], v: &[f32]) {
-        let (heads, capacity, at) = (self.n_kv_heads, self.capacity, self.len);
-        let (kl, vl) = &mut self.layers[layer];
-        for (store, x, dim) in [(kl, k, self.key_dim), (vl, v, self.value_dim)] {
-            for (t, token) in x.chunks_exact(heads * dim).enumerate() {
-                for (g, head) in token.chunks_exact(dim).enumerate() {
-                    store.write((g * capacity + at + t) * dim, head);
-                }
+    /// Stores K and V (tokens × n_kv_heads × dim) of a layer from position `len` on, a head a task.
+    pub(crate) fn append(&mut self, pool: &Pool, layer: usize, k: &[f32], v: &[f32]) {
+        let (n_heads, at) = (self.n_kv_heads, self.len);
+        let (keys, values) = &mut self.layers[layer];
+        let write = |head: &mut HeadMut, g: usize, x: &[f32], dim: usize| {
+            for (t, token) in x.chunks_exact(n_heads * dim).enumerate() {
+                head.write((at + t) * dim, &token[g * dim..(g + 1) * dim]);
             }
+        };
+        let (key_dim, value_dim) = (self.key_dim, self.value_dim);
+        let heads = keys.heads(n_heads).into_iter().zip(values.heads(n_heads));
+        if k.len() == n_heads * key_dim {
+            for (g, (mut kh, mut vh)) in heads.enumerate() {
+                write(&mut kh, g, k, key_dim);
+                write(&mut vh, g, v, value_dim);
+            }
+            return;
         }
+        // Each task takes its head out; the locks are never contended.
+        let heads: Vec<_> = heads.map(|h| Mutex::new(Some(h))).collect();
+        pool.for_each(n_heads, |g| {
+            if let Some((mut kh, mut vh)) = heads[g].lock().ok().and_then(|mut h| h.take()) {
+                write(&mut kh, g, k, key_dim);
+                write(&mut vh, g, v, value_dim);
+            }
+        });
     }
 
     pub(crate) fn layer(&self, layer: usize) -> (KvView<'_>, KvView<'_>) {

@@ -7,7 +7,8 @@ pub(crate) mod feed_forward;
 
 use crate::model::Weight;
 use kernels::matmul::{Job, run_group};
-use kernels::{ActivationFormat, Activations, Pool};
+use kernels::threads::Matrix;
+use kernels::{ActivationFormat, Activations, Pool, vecmath};
 
 /// Quantized activations, one buffer a format; a group of matmuls quantizes
 /// its input once for each format that its weights ask for.
@@ -26,8 +27,16 @@ impl Quantized {
         }
     }
 
-    /// out = weights · x for each pair, in one parallel step a format. `x` has rows of `cols`.
-    pub fn matmul(&mut self, pool: &Pool, x: &[f32], cols: usize, outs: &mut [(&Weight, &mut [f32])]) {
+    /// out = weights · x for each pair, in one parallel step a format, x being
+    /// `n_tokens` rows of `cols` values that `produce` makes (a norm, say).
+    pub fn matmul(
+        &mut self,
+        pool: &Pool,
+        n_tokens: usize,
+        cols: usize,
+        produce: &(dyn Fn(usize, &mut [f32]) + Sync),
+        outs: &mut [(&Weight, &mut [f32])],
+    ) {
         for acts in [&mut self.per_32, &mut self.per_256, &mut self.float] {
             let format = acts.format();
             let mut jobs: Vec<Job> = outs
@@ -36,9 +45,29 @@ impl Quantized {
                 .map(|(w, out)| Job { plan: w.plan(), weights: w.bytes(), out })
                 .collect();
             if !jobs.is_empty() {
-                acts.quantize(pool, x, cols);
+                acts.fill(pool, n_tokens, cols, produce);
                 run_group(pool, &mut jobs, acts);
             }
         }
     }
+}
+
+/// x += y, both tokens × `cols`, in parallel where there are many tokens.
+pub(crate) fn add(pool: &Pool, x: &mut [f32], y: &[f32], cols: usize) {
+    per_token(pool, x, cols, |t, x| vecmath::add(x, &y[t * cols..(t + 1) * cols]));
+}
+
+/// Calls `f(t, row t of x)` for each token, in parallel where there are many.
+pub(crate) fn per_token(pool: &Pool, x: &mut [f32], cols: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    /// Below this a parallel step costs more than it saves.
+    const MIN_TOKENS: usize = 8;
+    let n = x.len() / cols;
+    if n < MIN_TOKENS {
+        return x.chunks_exact_mut(cols).enumerate().for_each(|(t, row)| f(t, row));
+    }
+    pool.for_each_tile(&mut [Matrix::new(x, n, cols, MIN_TOKENS, cols)], |_, tile| {
+        for t in tile.rows.clone() {
+            f(t, tile.row_mut(t));
+        }
+    });
 }

@@ -104,7 +104,7 @@ fn activations_round_to_the_nearest() {
 /// Attention against the definition, in f64: GQA, windows, tiles crossed, prefill in one go and token by token.
 #[test]
 fn attention_agrees_with_the_definition() {
-    use kernels::attention::{Attention, KvView};
+    use kernels::attention::{Attention, KvView, Partials};
     let pool = Pool::new(2);
     for (kv_heads, group, kd, vd, n, window) in
         [(1, 1, 16, 16, 5, usize::MAX), (2, 3, 64, 32, 70, usize::MAX), (2, 2, 40, 40, 150, 33), (1, 4, 128, 128, 67, 64)]
@@ -130,11 +130,12 @@ fn attention_agrees_with_the_definition() {
         };
         let out_row = kv_heads * group * vd;
         let mut whole = vec![f32::NAN; n * out_row];
-        make(0, n, &q).run(&pool, &mut whole);
+        let mut partials = Partials::default();
+        make(0, n, &q).run(&pool, &mut partials, &mut whole);
         let mut single = vec![f32::NAN; n * out_row];
         let q_row = kv_heads * group * kd;
         for t in 0..n {
-            make(t, 1, &q[t * q_row..(t + 1) * q_row]).run(&pool, &mut single[t * out_row..(t + 1) * out_row]);
+            make(t, 1, &q[t * q_row..(t + 1) * q_row]).run(&pool, &mut partials, &mut single[t * out_row..(t + 1) * out_row]);
         }
         for t in 0..n {
             for head in 0..kv_heads * group {

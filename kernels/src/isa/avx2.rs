@@ -258,6 +258,36 @@ impl Isa for Avx2 {
         }
     }
 
+    #[inline(always)]
+    fn load_half(self, bits: &[u16; 16]) -> [__m256; 2] {
+        // SAFETY: F16C, by the token; 32 readable bytes, by the type.
+        unsafe {
+            let p = bits.as_ptr();
+            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
+        }
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [[__m256; 2]; 16]) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe {
+            let v: [__m256; 16] = std::array::from_fn(|i| _mm256_add_ps(v[i][0], v[i][1]));
+            // hadd halves a vector's sums and joins two vectors, within 128-bit lanes.
+            let a: [__m256; 8] = std::array::from_fn(|i| _mm256_hadd_ps(v[2 * i], v[2 * i + 1]));
+            let b: [__m256; 4] = std::array::from_fn(|i| _mm256_hadd_ps(a[2 * i], a[2 * i + 1]));
+            let join = |x, y| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y));
+            [join(b[0], b[1]), join(b[2], b[3])]
+        }
+    }
+
+    #[inline(always)]
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        // SAFETY: 64 bytes of floats are 64 bytes.
+        let lanes = self.transpose(rows.map(|r| unsafe { &*r.as_ptr().cast::<[u8; 64]>() }));
+        // SAFETY: any dword is a float; the arrays have the same size and alignment.
+        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
+    }
+
     const SIGNED_BIAS: i32 = 0;
     const WIDE_TILE: bool = false;
 

@@ -250,6 +250,42 @@ impl Isa for Avx512Vnni {
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
     }
 
+    #[inline(always)]
+    fn load_half(self, bits: &[u16; 16]) -> __m512 {
+        // SAFETY: AVX-512F, by the token; 32 readable bytes, by the type.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [__m512; 16]) -> __m512 {
+        // SAFETY: AVX-512F, by the token. Each step adds two halves of a
+        // vector and joins two vectors: dwords, pairs, 128-bit lanes, halves.
+        unsafe {
+            let a: [__m512; 8] = std::array::from_fn(|i| {
+                let (x, y) = (v[2 * i], v[2 * i + 1]);
+                _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y))
+            });
+            // Lane order within 128 bits is now x₀ y₀ x₁ y₁.
+            let b: [__m512; 4] = std::array::from_fn(|i| {
+                let (x, y) = (_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
+                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))
+            });
+            let c: [__m512; 2] = std::array::from_fn(|i| {
+                let (x, y) = (b[2 * i], b[2 * i + 1]);
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y))
+            });
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c[0], c[1]), _mm512_shuffle_f32x4::<0xdd>(c[0], c[1]))
+        }
+    }
+
+    #[inline(always)]
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        // SAFETY: 64 bytes of floats are 64 bytes.
+        let lanes = self.transpose(rows.map(|r| unsafe { &*r.as_ptr().cast::<[u8; 64]>() }));
+        // SAFETY: any dword is a float; the arrays have the same size and alignment.
+        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
+    }
+
     const SIGNED_BIAS: i32 = 128;
     const WIDE_TILE: bool = true;
 

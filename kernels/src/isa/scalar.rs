@@ -179,6 +179,21 @@ impl Isa for Scalar {
         *out = v;
     }
 
+    #[inline(always)]
+    fn load_half(self, bits: &[u16; 16]) -> [f32; 16] {
+        bits.map(|b| self.f16(b))
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [[f32; 16]; 16]) -> [f32; 16] {
+        v.map(|v| v.iter().sum())
+    }
+
+    #[inline(always)]
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        std::array::from_fn(|j| std::array::from_fn(|r| rows[r][j]))
+    }
+
     const SIGNED_BIAS: i32 = 0;
     const WIDE_TILE: bool = false;
 

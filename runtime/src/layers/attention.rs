@@ -3,6 +3,7 @@
 
 use crate::decoder::{Scratch, Step};
 use crate::kv_cache::KvCache;
+use crate::layers::{add, per_token};
 use crate::model::AttentionWeights;
 use gguf::arch::RopeLayout;
 use kernels::attention::Attention;
@@ -14,32 +15,33 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
     let (hidden, head_dim) = (h.hidden as usize, h.head_dim as usize);
     let (heads, kv_heads) = (h.n_heads as usize, h.n_kv_heads as usize);
     let (q_len, k_len, v_len) = (heads * head_dim, kv_heads * head_dim, kv_heads * h.value_dim as usize);
-    let Scratch { x, normed, q, k, v, attended, quantized, .. } = s;
+    let Scratch { x, normed, q, k, v, attended, quantized, partials, .. } = s;
     let (q, k, v) = (&mut q[..n * q_len], &mut k[..n * k_len], &mut v[..n * v_len]);
 
-    norm_rows(&x[..n * hidden], &w.norm, h.rms_eps, &mut normed[..n * hidden]);
-    quantized.matmul(step.pool, &normed[..n * hidden], hidden, &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
-    for (y, bias) in [(&mut *q, &w.q_bias), (&mut *k, &w.k_bias), (&mut *v, &w.v_bias)] {
-        add_bias(y, bias);
-    }
-    head_norm(q, &w.q_norm, h.rms_eps);
-    head_norm(k, &w.k_norm, h.rms_eps);
+    let x_rows = &x[..n * hidden];
+    let norm = |t: usize, out: &mut [f32]| vecmath::rms_norm_row(&x_rows[t * hidden..(t + 1) * hidden], &w.norm, h.rms_eps, out);
+    quantized.matmul(step.pool, n, hidden, &norm, &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
 
     let adjacent = h.arch.rope == RopeLayout::AdjacentPairs;
-    for t in 0..n {
-        for head in q[t * q_len..(t + 1) * q_len].chunks_exact_mut(head_dim) {
-            step.rope.rotate(t, head, adjacent);
-        }
-        for head in k[t * k_len..(t + 1) * k_len].chunks_exact_mut(head_dim) {
-            step.rope.rotate(t, head, adjacent);
-        }
+    per_token(step.pool, q, q_len, |t, q| {
+        add_bias(q, &w.q_bias);
+        head_norm(q, &w.q_norm, h.rms_eps);
+        step.rope.rotate(t, q, head_dim, adjacent);
         if let Some((beta, original)) = h.query_temperature {
             let pos = (step.first_pos + t) as u64;
             let scale = 1.0 + beta * ((1 + pos / original) as f32).ln();
-            q[t * q_len..(t + 1) * q_len].iter_mut().for_each(|q| *q *= scale);
+            q.iter_mut().for_each(|q| *q *= scale);
         }
+    });
+    per_token(step.pool, k, k_len, |t, k| {
+        add_bias(k, &w.k_bias);
+        head_norm(k, &w.k_norm, h.rms_eps);
+        step.rope.rotate(t, k, head_dim, adjacent);
+    });
+    if w.v_bias.is_some() {
+        per_token(step.pool, v, v_len, |_, v| add_bias(v, &w.v_bias));
     }
-    cache.append(layer, k, v);
+    cache.append(step.pool, layer, k, v);
 
     let (kc, vc) = cache.layer(layer);
     let out_len = heads * h.value_dim as usize;
@@ -57,26 +59,21 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
         v: vc,
         capacity: cache.capacity(),
     }
-    .run(step.pool, &mut attended[..n * out_len]);
+    .run(step.pool, partials, &mut attended[..n * out_len]);
 
     let out = &mut normed[..n * hidden];
-    quantized.matmul(step.pool, &attended[..n * out_len], out_len, &mut [(&w.output, &mut *out)]);
-    add_bias(out, &w.output_bias);
-    vecmath::add(&mut x[..n * hidden], out);
-}
-
-/// RMS norm of each row.
-pub(crate) fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    for (x, o) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        vecmath::rms_norm_row(x, weight, eps, o);
+    let attended = &attended[..n * out_len];
+    let copy = |t: usize, out: &mut [f32]| out.copy_from_slice(&attended[t * out_len..(t + 1) * out_len]);
+    quantized.matmul(step.pool, n, out_len, &copy, &mut [(&w.output, &mut *out)]);
+    if w.output_bias.is_some() {
+        per_token(step.pool, out, hidden, |_, out| add_bias(out, &w.output_bias));
     }
+    add(step.pool, &mut x[..n * hidden], out, hidden);
 }
 
 fn add_bias(y: &mut [f32], bias: &Option<Vec<f32>>) {
     if let Some(b) = bias {
-        for row in y.chunks_exact_mut(b.len()) {
-            vecmath::add(row, b);
-        }
+        vecmath::add(y, b);
     }
 }
 
@@ -84,9 +81,7 @@ fn add_bias(y: &mut [f32], bias: &Option<Vec<f32>>) {
 fn head_norm(x: &mut [f32], weight: &Option<Vec<f32>>, eps: f32) {
     if let Some(w) = weight {
         for head in x.chunks_exact_mut(w.len()) {
-            let mean = head.iter().map(|v| v * v).sum::<f32>() / head.len() as f32;
-            let scale = 1.0 / (mean + eps).sqrt();
-            head.iter_mut().zip(w).for_each(|(v, w)| *v *= scale * w);
+            vecmath::rms_norm_in_place(head, w, eps);
         }
     }
 }

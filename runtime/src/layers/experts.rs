@@ -4,15 +4,21 @@
 //! each expert's weights are read once a batch.
 
 use crate::decoder::{Scratch, Step};
+use crate::layers::per_token;
 use crate::model::{Mlp, Weight};
 use kernels::vecmath;
 
-pub(crate) fn run(step: &Step, router: &Weight, experts: &[Mlp], s: &mut Scratch) {
+pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s: &mut Scratch) {
     let (n, hidden, ffn) = (step.n_tokens, step.h.hidden as usize, step.h.expert_ffn as usize);
     let used = step.h.n_experts_used as usize;
-    let Scratch { x, normed, gate, up, quantized, expert_in, expert_out, router_scores, .. } = s;
+    let Scratch { x, normed, gate, up, quantized, expert_out, router_scores, .. } = s;
     let scores = &mut router_scores[..n * experts.len()];
-    quantized.matmul(step.pool, &normed[..n * hidden], hidden, &mut [(router, &mut *scores)]);
+    let (x, normed) = (&mut x[..n * hidden], &mut normed[..n * hidden]);
+    per_token(step.pool, normed, hidden, |t, out| {
+        vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], norm, step.h.rms_eps, out);
+    });
+    let row = |t: usize, out: &mut [f32]| out.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
+    quantized.matmul(step.pool, n, hidden, &row, &mut [(router, &mut *scores)]);
 
     // (token, share) of each expert.
     let mut routed: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts.len()];
@@ -29,15 +35,15 @@ pub(crate) fn run(step: &Step, router: &Weight, experts: &[Mlp], s: &mut Scratch
 
     for (expert, tokens) in experts.iter().zip(&routed).filter(|(_, t)| !t.is_empty()) {
         let m = tokens.len();
-        let input = &mut expert_in[..m * hidden];
-        for (row, (t, _)) in input.chunks_exact_mut(hidden).zip(tokens) {
-            row.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
-        }
+        let gathered = |i: usize, out: &mut [f32]| {
+            let t = tokens[i].0;
+            out.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
+        };
         let (gate, up) = (&mut gate[..m * ffn], &mut up[..m * ffn]);
-        quantized.matmul(step.pool, input, hidden, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
-        vecmath::swiglu(gate, up);
+        quantized.matmul(step.pool, m, hidden, &gathered, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
+        let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
         let out = &mut expert_out[..m * hidden];
-        quantized.matmul(step.pool, gate, ffn, &mut [(&expert.down, &mut *out)]);
+        quantized.matmul(step.pool, m, ffn, &active, &mut [(&expert.down, &mut *out)]);
         for (row, (t, share)) in out.chunks_exact(hidden).zip(tokens) {
             vecmath::add_scaled(&mut x[t * hidden..(t + 1) * hidden], row, *share);
         }

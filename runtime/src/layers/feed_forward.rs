@@ -1,24 +1,27 @@
 //! x += Wdown · (silu(Wgate · norm(x)) · (Wup · norm(x))).
 
 use crate::decoder::{Scratch, Step};
-use crate::layers::attention::norm_rows;
+use crate::layers::add;
 use crate::model::{FeedForwardWeights, Layer};
 use kernels::vecmath;
 
 pub(crate) fn run(step: &Step, layer: &Layer, s: &mut Scratch) {
     let (n, hidden) = (step.n_tokens, step.h.hidden as usize);
-    norm_rows(&s.x[..n * hidden], &layer.ffn_norm, step.h.rms_eps, &mut s.normed[..n * hidden]);
     match &layer.feed_forward {
-        FeedForwardWeights::Experts { router, experts } => super::experts::run(step, router, experts, s),
+        FeedForwardWeights::Experts { router, experts } => super::experts::run(step, &layer.ffn_norm, router, experts, s),
         FeedForwardWeights::Dense(m) => {
             let ffn = step.h.ffn as usize;
             let Scratch { x, normed, gate, up, quantized, .. } = s;
+            let x = &mut x[..n * hidden];
+            let norm = |t: usize, out: &mut [f32]| {
+                vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], &layer.ffn_norm, step.h.rms_eps, out);
+            };
             let (gate, up) = (&mut gate[..n * ffn], &mut up[..n * ffn]);
-            quantized.matmul(step.pool, &normed[..n * hidden], hidden, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
-            vecmath::swiglu(gate, up);
+            quantized.matmul(step.pool, n, hidden, &norm, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
             let out = &mut normed[..n * hidden];
-            quantized.matmul(step.pool, gate, ffn, &mut [(&m.down, &mut *out)]);
-            vecmath::add(&mut x[..n * hidden], out);
+            let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
+            quantized.matmul(step.pool, n, ffn, &active, &mut [(&m.down, &mut *out)]);
+            add(step.pool, x, out, hidden);
         }
     }
 }
