@@ -30,7 +30,7 @@ impl Op for Dots {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> f32 {
         let u = isa.load(&[3; 64]);
-        let s = isa.load_halves(&[5; 32], &[7; 32]);
+        let s = isa.load(&[5; 64]);
         let mut acc = [isa.zero_int(); CHAINS];
         for _ in 0..self.0 {
             for _ in 0..UNROLL {
@@ -44,6 +44,9 @@ impl Op for Dots {
     }
 }
 
+/// Places read side by side: one stream a core does not reach the memory's bandwidth.
+const STREAMS: usize = 8;
+
 struct Sum<'a>(&'a [u8]);
 
 impl Op for Sum<'_> {
@@ -52,10 +55,13 @@ impl Op for Sum<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> f32 {
         let ones = isa.load(&[1; 64]);
-        let mut acc = [isa.zero_int(); 4];
-        for group in self.0.as_chunks::<256>().0 {
-            for (a, v) in acc.iter_mut().zip(group.as_chunks::<64>().0) {
-                *a = isa.dot_unsigned(*a, ones, isa.load(v));
+        let mut acc = [isa.zero_int(); STREAMS];
+        let parts: [&[u8]; STREAMS] = std::array::from_fn(|i| &self.0[i * self.0.len() / STREAMS..(i + 1) * self.0.len() / STREAMS]);
+        for at in (0..parts[0].len()).step_by(256) {
+            for (a, part) in acc.iter_mut().zip(parts) {
+                for line in part[at..].as_chunks::<64>().0.iter().take(4) {
+                    *a = isa.dot_unsigned(*a, ones, isa.load(line));
+                }
             }
         }
         acc.into_iter().map(|a| isa.sum(isa.to_float(a))).sum()

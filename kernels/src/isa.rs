@@ -40,17 +40,16 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn vectorize<O: Op>(self, op: O) -> O::Out;
 
     fn f16(self, bits: u16) -> f32;
+    fn f16_4(self, bits: [u16; 4]) -> [f32; 4];
     fn load(self, b: &[u8; 64]) -> Self::Bytes;
     /// 32 bytes from each of two places.
-    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> Self::Bytes;
-    /// As `load_halves`, of unsigned bytes.
-    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> Self::Bytes;
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::Bytes;
+    /// 16 bytes from each of four places.
+    fn load_quarters(self, v: [&[u8; 16]; 4]) -> Self::Bytes;
     /// `x` in each byte.
     fn splat_u8(self, x: u8) -> Self::Bytes;
     /// `v` in the low half; each byte's bits 2 to 7, moved down by two, in the high half (its bits 6 and 7 undefined).
     fn with_shifted_by_2(self, v: &[u8; 32]) -> Self::Bytes;
-    /// Two runs of 16 bytes to 64 values: low nibbles of `a`, high of `a`, low of `b`, high of `b`.
-    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> Self::Bytes;
     /// `v & 15` in each byte.
     fn low_nibbles(self, v: Self::Bytes) -> Self::Bytes;
     /// `v >> 4` in each byte.
@@ -61,18 +60,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn bit16(self, mask: u64) -> Self::Bytes;
     fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
     /// Each of the low nibbles looked up in `table`.
-    fn lookup(self, table: &[i8; 16], v: Self::Bytes) -> Self::Bytes;
+    fn lookup(self, table: &[u8; 16], v: Self::Bytes) -> Self::Bytes;
     fn zero_int(self) -> Self::Int;
     /// acc + groups of four products, `u` unsigned below 128, `s` signed in −127..=127.
     fn dot_unsigned(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes) -> Self::Int;
-    /// acc + groups of four products, both signed, `s` in −127..=127.
-    fn dot_signed(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
+    /// acc + scale · groups of four products in each lane; `u` ≤ 63, scales of `quarter_scales`.
+    fn dot_scaled(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes, scale: Self::Int) -> Self::Int;
+    /// Four vectors of scales for `dot_scaled`: quarter k of vector j is v\[4j + k\].
+    fn quarter_scales(self, v: [i8; 16]) -> [Self::Int; 4];
     /// a − b in each lane.
     fn sub_int(self, a: Self::Int, b: Self::Int) -> Self::Int;
     /// acc + a · b in each lane.
     fn mul_add_int(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
-    /// Lanes 0–7 `a`, 8–15 `b`.
-    fn halves_int(self, a: i32, b: i32) -> Self::Int;
     /// Lanes 0–3 `v[0]`, 4–7 `v[1]`, 8–11 `v[2]`, 12–15 `v[3]`.
     fn quarters_int(self, v: [i32; 4]) -> Self::Int;
     /// Sums of products of 16-bit pairs, in any lanes: only the total counts.
@@ -80,7 +79,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn to_float(self, v: Self::Int) -> Self::Float;
     fn zero_float(self) -> Self::Float;
     fn splat(self, x: f32) -> Self::Float;
-    fn halves_float(self, a: f32, b: f32) -> Self::Float;
+    /// As `quarters_int`.
+    fn quarters_float(self, v: [f32; 4]) -> Self::Float;
     fn load_float(self, v: &[f32; 16]) -> Self::Float;
     /// a · b + c.
     fn mul_add(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
@@ -94,7 +94,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// As `transpose`, of floats.
     fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16];
 
-    /// What a panel of signed weights adds to each, as `dot_panel` wants them: 128 or 0.
+    /// What `dot_biased` wants added to each signed weight: 128 or 0.
     const SIGNED_BIAS: i32;
     /// Registers enough for a tile of 2 × 16 rows and 6 tokens; else 16 rows and 3.
     const WIDE_TILE: bool;
@@ -105,6 +105,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn splat_4(self, v: [i8; 4]) -> Self::Bytes;
     fn splat_int(self, v: i32) -> Self::Int;
     fn load_int(self, v: &Lanes) -> Self::Int;
+    /// Signed bytes to what `dot_biased` wants.
+    fn to_biased(self, w: Self::Bytes) -> Self::Bytes;
     /// As `dot_unsigned`, `w` being signed weights plus `SIGNED_BIAS`.
     fn dot_biased(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
     /// acc + a₀·b₀ + a₁·b₁ of the signed 16-bit halves of each lane.

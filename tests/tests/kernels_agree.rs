@@ -94,7 +94,7 @@ fn activations_round_to_the_nearest() {
                 assert!((x - y).abs() <= row.d[i / run] * 0.5001, "{format:?} token {t} value {i}");
             }
             for (s, q) in row.sums.iter().zip(row.q.chunks_exact(16)) {
-                assert_eq!(i32::from(*s), q.iter().map(|&v| i32::from(v)).sum::<i32>());
+                assert_eq!(i32::from(*s), q.iter().map(|&v| i32::from(v as i8)).sum::<i32>());
             }
             assert!(row.q[cols..].iter().all(|&q| q == 0));
         }

@@ -52,18 +52,6 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> Pair {
-        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
-        unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
-    }
-
-    #[inline(always)]
-    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> Pair {
-        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
-        unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
-    }
-
-    #[inline(always)]
     fn splat_u8(self, x: u8) -> Pair {
         // SAFETY: AVX2, by the token.
         unsafe { [_mm256_set1_epi8(x as i8); 2] }
@@ -75,19 +63,6 @@ impl Isa for Avx2 {
         unsafe {
             let v = _mm256_loadu_si256(v.as_ptr().cast());
             [v, _mm256_srli_epi16::<2>(v)]
-        }
-    }
-
-    #[inline(always)]
-    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> Pair {
-        // SAFETY: AVX2, by the token; 16 readable bytes each, by the types.
-        unsafe {
-            let spread = |p: *const u8| {
-                let v = _mm_loadu_si128(p.cast());
-                let v = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(v), _mm_srli_epi16::<4>(v));
-                _mm256_and_si256(v, _mm256_set1_epi8(15))
-            };
-            [spread(a.as_ptr()), spread(b.as_ptr())]
         }
     }
 
@@ -140,12 +115,6 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn lookup(self, table: &[i8; 16], v: Pair) -> Pair {
-        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
-        both(v, |v| unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), v) })
-    }
-
-    #[inline(always)]
     fn zero_int(self) -> Pair {
         // SAFETY: AVX2, by the token.
         unsafe { [_mm256_setzero_si256(); 2] }
@@ -158,7 +127,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_signed(self, acc: Pair, w: Pair, s: Pair) -> Pair {
+    fn dot_biased(self, acc: Pair, w: Pair, s: Pair) -> Pair {
         // SAFETY: AVX2, by the token. |w| · (s with w's sign) = w · s.
         let one = |acc, w, s| unsafe { _mm256_add_epi32(acc, dot4(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w))) };
         [one(acc[0], w[0], s[0]), one(acc[1], w[1], s[1])]
@@ -175,12 +144,6 @@ impl Isa for Avx2 {
         // SAFETY: AVX2, by the token.
         let one = |acc, a, b| unsafe { _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b)) };
         [one(acc[0], a[0], b[0]), one(acc[1], a[1], b[1])]
-    }
-
-    #[inline(always)]
-    fn halves_int(self, a: i32, b: i32) -> Pair {
-        // SAFETY: AVX2, by the token.
-        unsafe { [_mm256_set1_epi32(a), _mm256_set1_epi32(b)] }
     }
 
     #[inline(always)]
@@ -212,12 +175,6 @@ impl Isa for Avx2 {
     fn splat(self, x: f32) -> [__m256; 2] {
         // SAFETY: AVX2, by the token.
         unsafe { [_mm256_set1_ps(x); 2] }
-    }
-
-    #[inline(always)]
-    fn halves_float(self, a: f32, b: f32) -> [__m256; 2] {
-        // SAFETY: AVX2, by the token.
-        unsafe { [_mm256_set1_ps(a), _mm256_set1_ps(b)] }
     }
 
     #[inline(always)]
@@ -288,6 +245,81 @@ impl Isa for Avx2 {
         unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
     }
 
+    #[inline(always)]
+    fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
+        let bits = bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b));
+        let mut out = [0.0; 4];
+        // SAFETY: F16C, by the token; 16 writable bytes, by the type.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), _mm_cvtph_ps(_mm_cvtsi64_si128(bits as i64))) };
+        out
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Pair {
+        // SAFETY: AVX2, by the token; 32 readable bytes each, by the types.
+        unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn load_quarters(self, v: [&[u8; 16]; 4]) -> Pair {
+        // SAFETY: AVX2, by the token; 16 readable bytes each, by the types.
+        let two = |a: &[u8; 16], b: &[u8; 16]| unsafe {
+            let low = _mm256_castsi128_si256(_mm_loadu_si128(a.as_ptr().cast()));
+            _mm256_inserti128_si256::<1>(low, _mm_loadu_si128(b.as_ptr().cast()))
+        };
+        [two(v[0], v[1]), two(v[2], v[3])]
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: Pair) -> Pair {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
+        both(v, |v| unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), v) })
+    }
+
+    #[inline(always)]
+    fn dot_scaled(self, acc: Pair, u: Pair, s: Pair, scale: Pair) -> Pair {
+        // SAFETY: AVX2, by the token. Pair sums fit: 2 · 63 · 127 < 32768.
+        let one = |acc, u, s, scale| unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), scale)) };
+        [one(acc[0], u[0], s[0], scale[0]), one(acc[1], u[1], s[1], scale[1])]
+    }
+
+    #[inline(always)]
+    fn quarter_scales(self, v: [i8; 16]) -> [Pair; 4] {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type. Each
+        // scale becomes 16 bits, each vector's four a qword in both 128-bit
+        // lanes, of which a lane then repeats its own.
+        unsafe {
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast()));
+            let four = [
+                _mm256_permute4x64_epi64::<0x00>(wide),
+                _mm256_permute4x64_epi64::<0x55>(wide),
+                _mm256_permute4x64_epi64::<0xaa>(wide),
+                _mm256_permute4x64_epi64::<0xff>(wide),
+            ];
+            let pick = |low: i16, high: i16| {
+                let repeat = |i: i16| i64::from(i) * 0x0001_0001_0001_0001;
+                _mm256_setr_epi64x(repeat(low), repeat(low), repeat(high), repeat(high))
+            };
+            let (first, second) = (pick(0x0100, 0x0302), pick(0x0504, 0x0706));
+            four.map(|f| [_mm256_shuffle_epi8(f, first), _mm256_shuffle_epi8(f, second)])
+        }
+    }
+
+    #[inline(always)]
+    fn quarters_float(self, v: [f32; 4]) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let v = _mm256_broadcast_ps(&_mm_loadu_ps(v.as_ptr()));
+            let pick = |a, b| _mm256_permutevar_ps(v, _mm256_setr_epi32(a, a, a, a, b, b, b, b));
+            [pick(0, 1), pick(2, 3)]
+        }
+    }
+
+    #[inline(always)]
+    fn to_biased(self, w: Pair) -> Pair {
+        w
+    }
+
     const SIGNED_BIAS: i32 = 0;
     const WIDE_TILE: bool = false;
 
@@ -339,11 +371,6 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn load_int(self, v: &Lanes) -> Pair {
         self.load_lanes(v)
-    }
-
-    #[inline(always)]
-    fn dot_biased(self, acc: Pair, w: Pair, s: Pair) -> Pair {
-        self.dot_signed(acc, w, s)
     }
 
     #[inline(always)]

@@ -53,24 +53,6 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> __m512i {
-        // SAFETY: AVX-512F, by the token; 32 readable bytes each, by the types.
-        unsafe {
-            let low = _mm512_castsi256_si512(_mm256_loadu_si256(a.as_ptr().cast()));
-            _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(b.as_ptr().cast()))
-        }
-    }
-
-    #[inline(always)]
-    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> __m512i {
-        // SAFETY: AVX-512F, by the token; 32 readable bytes each, by the types.
-        unsafe {
-            let low = _mm512_castsi256_si512(_mm256_loadu_si256(a.as_ptr().cast()));
-            _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(b.as_ptr().cast()))
-        }
-    }
-
-    #[inline(always)]
     fn splat_u8(self, x: u8) -> __m512i {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_set1_epi8(x as i8) }
@@ -82,18 +64,6 @@ impl Isa for Avx512Vnni {
         unsafe {
             let v = _mm256_loadu_si256(v.as_ptr().cast());
             _mm512_inserti64x4::<1>(_mm512_castsi256_si512(v), _mm256_srli_epi16::<2>(v))
-        }
-    }
-
-    #[inline(always)]
-    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> __m512i {
-        // SAFETY: AVX-512F/DQ, by the token; 16 readable bytes each, by the types.
-        unsafe {
-            let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
-            let a = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), _mm_srli_epi16::<4>(a));
-            let b = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(b), _mm_srli_epi16::<4>(b));
-            let v = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
-            _mm512_and_si512(v, _mm512_set1_epi8(15))
         }
     }
 
@@ -136,12 +106,6 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn lookup(self, table: &[i8; 16], v: __m512i) -> __m512i {
-        // SAFETY: AVX-512BW, by the token; 16 readable bytes, by the type.
-        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), v) }
-    }
-
-    #[inline(always)]
     fn zero_int(self) -> __m512i {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_setzero_si512() }
@@ -154,16 +118,6 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn dot_signed(self, acc: __m512i, w: __m512i, s: __m512i) -> __m512i {
-        // SAFETY: AVX-512 VNNI/BW, by the token. |w| · (s with w's sign) = w · s.
-        unsafe {
-            let negative = _mm512_movepi8_mask(w);
-            let s = _mm512_mask_sub_epi8(s, negative, _mm512_setzero_si512(), s);
-            _mm512_dpbusd_epi32(acc, _mm512_abs_epi8(w), s)
-        }
-    }
-
-    #[inline(always)]
     fn sub_int(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_sub_epi32(a, b) }
@@ -173,12 +127,6 @@ impl Isa for Avx512Vnni {
     fn mul_add_int(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b)) }
-    }
-
-    #[inline(always)]
-    fn halves_int(self, a: i32, b: i32) -> __m512i {
-        // SAFETY: AVX-512F, by the token.
-        unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set1_epi32(a)), _mm256_set1_epi32(b)) }
     }
 
     #[inline(always)]
@@ -212,12 +160,6 @@ impl Isa for Avx512Vnni {
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    fn halves_float(self, a: f32, b: f32) -> __m512 {
-        // SAFETY: AVX-512F/DQ, by the token.
-        unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm256_set1_ps(a)), _mm256_set1_ps(b)) }
     }
 
     #[inline(always)]
@@ -284,6 +226,77 @@ impl Isa for Avx512Vnni {
         let lanes = self.transpose(rows.map(|r| unsafe { &*r.as_ptr().cast::<[u8; 64]>() }));
         // SAFETY: any dword is a float; the arrays have the same size and alignment.
         unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
+    }
+
+    #[inline(always)]
+    fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
+        let bits = bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b));
+        let mut out = [0.0; 4];
+        // SAFETY: F16C, by the token; 16 writable bytes, by the type.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), _mm_cvtph_ps(_mm_cvtsi64_si128(bits as i64))) };
+        out
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> __m512i {
+        // SAFETY: AVX-512F, by the token; 32 readable bytes each, by the types.
+        unsafe {
+            let low = _mm512_castsi256_si512(_mm256_loadu_si256(a.as_ptr().cast()));
+            _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(b.as_ptr().cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn load_quarters(self, v: [&[u8; 16]; 4]) -> __m512i {
+        // SAFETY: AVX-512F, by the token; 16 readable bytes each, by the types.
+        unsafe {
+            let [a, b, c, d] = v.map(|p| _mm_loadu_si128(p.as_ptr().cast()));
+            let v = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+            _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(v, c), d)
+        }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: __m512i) -> __m512i {
+        // SAFETY: AVX-512BW, by the token; 16 readable bytes, by the type.
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), v) }
+    }
+
+    #[inline(always)]
+    fn dot_scaled(self, acc: __m512i, u: __m512i, s: __m512i, scale: __m512i) -> __m512i {
+        // Four products fit in 16 bits (4 · 63 · 127 < 32768), so a 16-bit
+        // multiply-add applies the scale; the scale's high half is 0.
+        self.dot_pairs(acc, self.dot_unsigned(self.zero_int(), u, s), scale)
+    }
+
+    #[inline(always)]
+    fn quarter_scales(self, v: [i8; 16]) -> [__m512i; 4] {
+        // SAFETY: AVX-512BW, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let wide = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast())));
+            std::array::from_fn(|j| {
+                let at = |k: usize| (4 * j + k) as i32;
+                let (a, b, c, d) = (at(0), at(1), at(2), at(3));
+                let index = _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
+                // Even words only: the high half of each lane stays 0.
+                _mm512_maskz_permutexvar_epi16(0x5555_5555, index, wide)
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn quarters_float(self, v: [f32; 4]) -> __m512 {
+        // SAFETY: AVX-512F, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let v = _mm512_castps128_ps512(_mm_loadu_ps(v.as_ptr()));
+            _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), v)
+        }
+    }
+
+    #[inline(always)]
+    fn to_biased(self, w: __m512i) -> __m512i {
+        // SAFETY: AVX-512F, by the token. Adds 128 to each byte.
+        unsafe { _mm512_xor_si512(w, _mm512_set1_epi8(-128)) }
     }
 
     const SIGNED_BIAS: i32 = 128;

@@ -35,16 +35,6 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn load_halves(self, a: &[i8; 32], b: &[i8; 32]) -> [u8; 64] {
-        std::array::from_fn(|i| if i < 32 { a[i] as u8 } else { b[i - 32] as u8 })
-    }
-
-    #[inline(always)]
-    fn load_halves_u8(self, a: &[u8; 32], b: &[u8; 32]) -> [u8; 64] {
-        std::array::from_fn(|i| if i < 32 { a[i] } else { b[i - 32] })
-    }
-
-    #[inline(always)]
     fn splat_u8(self, x: u8) -> [u8; 64] {
         [x; 64]
     }
@@ -52,16 +42,6 @@ impl Isa for Scalar {
     #[inline(always)]
     fn with_shifted_by_2(self, v: &[u8; 32]) -> [u8; 64] {
         std::array::from_fn(|i| if i < 32 { v[i] } else { v[i - 32] >> 2 })
-    }
-
-    #[inline(always)]
-    fn nibbles(self, a: &[u8; 16], b: &[u8; 16]) -> [u8; 64] {
-        std::array::from_fn(|i| match i / 16 {
-            0 => a[i] & 15,
-            1 => a[i - 16] >> 4,
-            2 => b[i - 32] & 15,
-            _ => b[i - 48] >> 4,
-        })
     }
 
     #[inline(always)]
@@ -90,11 +70,6 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn lookup(self, table: &[i8; 16], v: [u8; 64]) -> [u8; 64] {
-        map(v, |x| table[usize::from(x & 15)] as u8)
-    }
-
-    #[inline(always)]
     fn zero_int(self) -> [i32; 16] {
         [0; 16]
     }
@@ -105,11 +80,6 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn dot_signed(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
-        std::array::from_fn(|l| acc[l] + (0..4).map(|k| i32::from(w[4 * l + k] as i8) * i32::from(s[4 * l + k] as i8)).sum::<i32>())
-    }
-
-    #[inline(always)]
     fn sub_int(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
         std::array::from_fn(|l| a[l] - b[l])
     }
@@ -117,11 +87,6 @@ impl Isa for Scalar {
     #[inline(always)]
     fn mul_add_int(self, acc: [i32; 16], a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
         std::array::from_fn(|l| acc[l] + a[l] * b[l])
-    }
-
-    #[inline(always)]
-    fn halves_int(self, a: i32, b: i32) -> [i32; 16] {
-        std::array::from_fn(|l| if l < 8 { a } else { b })
     }
 
     #[inline(always)]
@@ -147,11 +112,6 @@ impl Isa for Scalar {
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
-    }
-
-    #[inline(always)]
-    fn halves_float(self, a: f32, b: f32) -> [f32; 16] {
-        std::array::from_fn(|l| if l < 8 { a } else { b })
     }
 
     #[inline(always)]
@@ -194,6 +154,51 @@ impl Isa for Scalar {
         std::array::from_fn(|j| std::array::from_fn(|r| rows[r][j]))
     }
 
+    #[inline(always)]
+    fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
+        bits.map(|b| self.f16(b))
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| if i < 32 { a[i] } else { b[i - 32] })
+    }
+
+    #[inline(always)]
+    fn load_quarters(self, v: [&[u8; 16]; 4]) -> [u8; 64] {
+        std::array::from_fn(|i| v[i / 16][i % 16])
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: [u8; 64]) -> [u8; 64] {
+        map(v, |x| table[usize::from(x & 15)])
+    }
+
+    #[inline(always)]
+    fn dot_scaled(self, acc: [i32; 16], u: [u8; 64], s: [u8; 64], scale: [i32; 16]) -> [i32; 16] {
+        self.mul_add_int(acc, self.dot_unsigned([0; 16], u, s), scale)
+    }
+
+    #[inline(always)]
+    fn quarter_scales(self, v: [i8; 16]) -> [[i32; 16]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|l| i32::from(v[4 * j + l / 4])))
+    }
+
+    #[inline(always)]
+    fn quarters_float(self, v: [f32; 4]) -> [f32; 16] {
+        std::array::from_fn(|l| v[l / 4])
+    }
+
+    #[inline(always)]
+    fn to_biased(self, w: [u8; 64]) -> [u8; 64] {
+        w
+    }
+
+    #[inline(always)]
+    fn dot_biased(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
+        std::array::from_fn(|l| acc[l] + (0..4).map(|k| i32::from(w[4 * l + k] as i8) * i32::from(s[4 * l + k] as i8)).sum::<i32>())
+    }
+
     const SIGNED_BIAS: i32 = 0;
     const WIDE_TILE: bool = false;
 
@@ -220,11 +225,6 @@ impl Isa for Scalar {
     #[inline(always)]
     fn load_int(self, v: &Lanes) -> [i32; 16] {
         v.map(|x| x as i32)
-    }
-
-    #[inline(always)]
-    fn dot_biased(self, acc: [i32; 16], w: [u8; 64], s: [u8; 64]) -> [i32; 16] {
-        self.dot_signed(acc, w, s)
     }
 
     #[inline(always)]

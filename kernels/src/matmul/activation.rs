@@ -44,7 +44,7 @@ pub struct Activations {
     n_tokens: usize,
     cols: usize,
     padded: usize,
-    q: Vec<i8>,
+    q: Vec<u8>,
     d: Vec<f32>,
     sums: Vec<i16>,
     x: Vec<f32>,
@@ -56,8 +56,8 @@ pub struct Activations {
 /// One token's row.
 #[derive(Debug, Clone, Copy)]
 pub struct ActivationRow<'a> {
-    /// Quantized values, padded.
-    pub q: &'a [i8],
+    /// Quantized values (i8, as bytes), padded.
+    pub q: &'a [u8],
     /// Scales, one a run.
     pub d: &'a [f32],
     /// Σ q of each 16 values.
@@ -194,7 +194,7 @@ impl Activations {
                 b.d[i % SLAB / f.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
             }
             (false, ActivationFormat::Float) => self.row(t).x[i],
-            (false, f) => self.row(t).d[i / f.run_len()] * f32::from(self.row(t).q[i]),
+            (false, f) => self.row(t).d[i / f.run_len()] * f32::from(self.row(t).q[i] as i8),
         };
         (0..self.cols).map(value).collect()
     }
@@ -215,7 +215,7 @@ impl Op for QuantizeRows<'_> {
                 a.d[t * padded / run + i] = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
             }
             for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
-                *s = q.iter().map(|&v| i16::from(v)).sum();
+                *s = q.iter().map(|&v| i16::from(v as i8)).sum();
             }
         }
     }
@@ -245,18 +245,18 @@ impl PanelBlock for QuantizedBlock {
     #[inline(always)]
     fn put(&mut self, t: usize, x: &[f32], format: ActivationFormat) {
         let run = format.run_len();
-        let mut q = [0i8; SLAB];
+        let mut q = [0u8; SLAB];
         for (i, q) in q.chunks_exact_mut(run).enumerate() {
             let d = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
             (0..run / 32).for_each(|j| self.d[i * run / 32 + j][t] = d);
         }
         for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
-            out[t] = *q;
+            out[t] = q.map(|v| v as i8);
         }
         let (mut sums, mut sizes) = ([0i32; 16], [0i32; 16]);
         for ((sum, size), q) in sums.iter_mut().zip(&mut sizes).zip(q.as_chunks::<16>().0) {
-            *sum = q.iter().map(|&v| i32::from(v)).sum();
-            *size = q.iter().map(|&v| i32::from(v).abs()).sum();
+            *sum = q.iter().map(|&v| i32::from(v as i8)).sum();
+            *size = q.iter().map(|&v| i32::from(v as i8).abs()).sum();
         }
         for (s, sum) in sums.iter().enumerate() {
             self.sums_16[s][t] = *sum;
@@ -326,9 +326,9 @@ impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
     }
 }
 
-/// Quantizes one run (shorter at the end of a row) and returns its scale.
+/// Quantizes one run (shorter at the end of a row) to i8, as bytes, and returns its scale.
 #[inline(always)]
-fn quantize_run(x: &[f32], q: &mut [i8]) -> f32 {
+fn quantize_run(x: &[f32], q: &mut [u8]) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
     let mut peaks = [0.0f32; 16];
     let mut chunks = x.chunks_exact(16);
@@ -343,7 +343,7 @@ fn quantize_run(x: &[f32], q: &mut [i8]) -> f32 {
     let (body, tail) = q.split_at_mut(x.len());
     for (q, &v) in body.iter_mut().zip(x) {
         let r = v * inverse + MAGIC;
-        *q = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as i8;
+        *q = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
     }
     tail.fill(0);
     peak / 127.0

@@ -18,27 +18,26 @@ impl<C: Codec + 'static> WeightDot for Decoded<C> {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut w = [0.0f32; CHUNK];
-        let mut acc = [isa.zero_float(); N];
-        let mut tail = [0.0f32; N];
+        let mut acc = [[isa.zero_float(); 4]; R];
+        let mut tail = [0.0f32; R];
         let chunk_bytes = CHUNK / C::LEN * C::BYTES;
-        for (i, bytes) in row.chunks(chunk_bytes).enumerate() {
-            let n = bytes.len() / C::BYTES * C::LEN;
-            C::decode(bytes, &mut w[..n]);
-            for t in 0..N {
-                let x = &acts[t].x[i * CHUNK..i * CHUNK + n];
-                let (wc, wr) = w[..n].as_chunks::<16>();
+        for (i, x) in x.x.chunks(CHUNK).enumerate() {
+            for r in 0..R {
+                let end = rows[r].len().min((i + 1) * chunk_bytes);
+                C::decode(&rows[r][i * chunk_bytes..end], &mut w[..x.len()]);
+                let (wc, wr) = w[..x.len()].as_chunks::<16>();
                 let (xc, xr) = x.as_chunks::<16>();
-                for (w, x) in wc.iter().zip(xc) {
-                    acc[t] = isa.mul_add(isa.load_float(w), isa.load_float(x), acc[t]);
+                for (j, (w, x)) in wc.iter().zip(xc).enumerate() {
+                    acc[r][j % 4] = isa.mul_add(isa.load_float(w), isa.load_float(x), acc[r][j % 4]);
                 }
                 for (w, x) in wr.iter().zip(xr) {
-                    tail[t] += w * x;
+                    tail[r] += w * x;
                 }
             }
         }
-        std::array::from_fn(|t| isa.sum(acc[t]) + tail[t])
+        std::array::from_fn(|r| acc[r].into_iter().map(|a| isa.sum(a)).sum::<f32>() + tail[r])
     }
 }
 

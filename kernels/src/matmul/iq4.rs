@@ -3,12 +3,25 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::legacy::unpack_nibbles;
+use super::legacy::{as_nibbles, four_blocks, start, unpack_nibbles};
 use super::panel::{self, FloatScales, IntegerScales, LANES, PanelWeights};
-use super::q4_k::sub_blocks;
 use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 use gguf::blocks::iq4_nl::VALUES;
+
+/// The sixteen values as `Isa::dot_biased` wants them.
+#[inline(always)]
+fn table<I: Isa>() -> [u8; 16] {
+    VALUES.map(|v| (i32::from(v) + I::SIGNED_BIAS) as u8)
+}
+
+/// −bias · Σ₄ x.
+#[inline(always)]
+fn biased_start<I: Isa>(isa: I, x: (I::Bytes, I::Bytes)) -> I::Int {
+    // 128 as twice 64: unsigned factors stay below 128.
+    let half = start(isa, (I::SIGNED_BIAS / 2) as u8, x);
+    isa.sub_int(half, isa.sub_int(isa.zero_int(), half))
+}
 
 pub struct NlDot;
 
@@ -18,21 +31,20 @@ impl WeightDot for NlDot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-        let (blocks, _) = row.as_chunks::<18>();
-        let mut acc = [isa.zero_float(); N];
-        for (pair, ab) in blocks.chunks(2).enumerate() {
-            // An odd last block is paired with itself: the padded activations beyond the row are 0.
-            let (a, b) = (&ab[0], ab.get(1).unwrap_or(&ab[0]));
-            let q = isa.nibbles(a[2..].first_chunk().expect("16 bytes"), b[2..].first_chunk().expect("16 bytes"));
-            let w = isa.lookup(&VALUES, q);
-            let (da, db) = (isa.f16(u16::from_le_bytes([a[0], a[1]])), isa.f16(u16::from_le_bytes([b[0], b[1]])));
-            for t in 0..N {
-                let (lo, hi) = acts[t].q[64 * pair..64 * pair + 64].split_at(32);
-                let v = isa.load_halves(lo.first_chunk().expect("32 values"), hi.first_chunk().expect("32 values"));
-                let p = isa.dot_signed(isa.zero_int(), w, v);
-                let d = isa.halves_float(da * acts[t].d[2 * pair], db * acts[t].d[2 * pair + 1]);
-                acc[t] = isa.mul_add(isa.to_float(p), d, acc[t]);
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        let table = table::<I>();
+        let mut acc = [isa.zero_float(); R];
+        for (four, q) in x.q.as_chunks::<128>().0.iter().take((rows[0].len() / 18).div_ceil(4)).enumerate() {
+            let xs = as_nibbles(isa, q);
+            let start = biased_start(isa, xs);
+            for r in 0..R {
+                let b = four_blocks::<18>(rows[r], four);
+                let raw = isa.load_quarters(b.map(|b| b[2..].first_chunk().expect("16 bytes")));
+                let (low, high) = (isa.lookup(&table, isa.low_nibbles(raw)), isa.lookup(&table, isa.high_nibbles(raw)));
+                let p = isa.dot_biased(isa.dot_biased(start, low, xs.0), high, xs.1);
+                let d = isa.f16_4(b.map(|b| u16::from_le_bytes([b[0], b[1]])));
+                let d: [f32; 4] = std::array::from_fn(|k| d[k] * x.d[4 * four + k]);
+                acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
             }
         }
         acc.map(|a| isa.sum(a))
@@ -47,25 +59,26 @@ impl WeightDot for XsDot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-        let mut acc = [isa.zero_float(); N];
-        for (i, b) in row.as_chunks::<136>().0.iter().enumerate() {
-            let d = isa.f16(u16::from_le_bytes([b[0], b[1]]));
-            let high = u16::from_le_bytes([b[2], b[3]]);
-            let scale = |s: usize| i32::from(b[4 + s / 2] >> (4 * (s % 2)) & 15) + i32::from(high >> (2 * s) & 3) * 16 - 32;
-            let mut sum = [isa.zero_int(); N];
-            for pair in 0..4 {
-                let at = 8 + 32 * pair;
-                let q = isa.nibbles(b[at..].first_chunk().expect("16 bytes"), b[at + 16..].first_chunk().expect("16 bytes"));
-                let w = isa.lookup(&VALUES, q);
-                let s = isa.halves_int(scale(2 * pair), scale(2 * pair + 1));
-                for t in 0..N {
-                    let p = isa.dot_signed(isa.zero_int(), w, sub_blocks(isa, acts[t].q, i, 2 * pair, 2 * pair + 1));
-                    sum[t] = isa.mul_add_int(sum[t], p, s);
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        let table = table::<I>();
+        let mut acc = [isa.zero_float(); R];
+        for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 136).enumerate() {
+            let xs: [(I::Bytes, I::Bytes); 2] =
+                std::array::from_fn(|half| as_nibbles(isa, q[128 * half..].first_chunk().expect("half a block")));
+            let starts = xs.map(|x| biased_start(isa, x));
+            for r in 0..R {
+                let b: &[u8; 136] = rows[r][i * 136..].first_chunk().expect("a block");
+                let high = u16::from_le_bytes([b[2], b[3]]);
+                let scale = |s: usize| i32::from(b[4 + s / 2] >> (4 * (s % 2)) & 15) + i32::from(high >> (2 * s) & 3) * 16 - 32;
+                let mut sum = isa.zero_int();
+                for half in 0..2 {
+                    let raw = isa.load(b[8 + 64 * half..].first_chunk().expect("64 bytes"));
+                    let (low, high) = (isa.lookup(&table, isa.low_nibbles(raw)), isa.lookup(&table, isa.high_nibbles(raw)));
+                    let p = isa.dot_biased(isa.dot_biased(starts[half], low, xs[half].0), high, xs[half].1);
+                    sum = isa.mul_add_int(sum, p, isa.quarters_int(std::array::from_fn(|k| scale(4 * half + k))));
                 }
-            }
-            for t in 0..N {
-                acc[t] = isa.mul_add(isa.to_float(sum[t]), isa.splat(d * acts[t].d[i]), acc[t]);
+                let d = isa.f16(u16::from_le_bytes([b[0], b[1]])) * x.d[i];
+                acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
             }
         }
         acc.map(|a| isa.sum(a))

@@ -1,10 +1,10 @@
 //! Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights with a float scale each.
 //!
 //! ```text
-//! for each pair of blocks (a, b):
-//!     p    = Σ₄ q·x                       (i32, 16 lanes: 8 of block a, 8 of block b)
-//!     acc += (p − Σ₄ zero·x) · (d_w·d_x)  (float, one scale a half; zero is 8, 16 or 0)
-//!     acc += Σ₄ x · (m_w·d_x)             (types with a min)
+//! for each four blocks, for each of R rows:
+//!     p    = Σ₄ (q − zero)·x               (i32, a quarter of the lanes a block)
+//!     acc += p · (d·d_x)                   (float)
+//!     acc += Σx · d_x · m                  (types with a min)
 //! ```
 //!
 //! The types differ in how 32 quants are unpacked, in their zero point and in
@@ -17,12 +17,7 @@ use crate::isa::{Isa, Lanes};
 use gguf::blocks::{self, Codec};
 
 /// What distinguishes a legacy type.
-trait Unpack: Send + Sync + 'static {
-    type Weights: Codec;
-    /// True if quants are signed.
-    const SIGNED: bool;
-    /// 64 quants of two blocks.
-    fn quants<I: Isa>(isa: I, a: &[u8], b: &[u8]) -> I::Bytes;
+trait Unpack: PanelWeights {
     /// The quant that stands for 0.
     const ZERO: u8;
     /// Place of the f16 min, for types that have one.
@@ -37,32 +32,15 @@ fn array<const N: usize>(b: &[u8], at: usize) -> &[u8; N] {
     b[at..].first_chunk().expect("a block has its type's bytes")
 }
 
-#[inline(always)]
-fn f16_at<I: Isa>(isa: I, b: &[u8], at: usize) -> f32 {
-    isa.f16(u16::from_le_bytes(*array(b, at)))
-}
-
-#[inline(always)]
-fn fifth_bits(a: &[u8], b: &[u8], at: usize) -> u64 {
-    u64::from(u32::from_le_bytes(*array(a, at))) | u64::from(u32::from_le_bytes(*array(b, at))) << 32
-}
-
 macro_rules! legacy {
-    ($name:ident, $codec:ty, signed: $signed:literal, zero: $zero:literal, min: $min:expr, fifth: $fifth:expr, at: $at:literal, quants: |$isa:ident, $a:ident, $b:ident| $quants:expr) => {
+    ($name:ident, $codec:ty, signed: $signed:literal, zero: $zero:literal, min: $min:expr, fifth: $fifth:expr, at: $at:literal) => {
         pub struct $name;
 
         impl Unpack for $name {
-            type Weights = $codec;
-            const SIGNED: bool = $signed;
             const ZERO: u8 = $zero;
             const MIN: Option<usize> = $min;
             const FIFTH: Option<usize> = $fifth;
             const QUANTS: usize = $at;
-
-            #[inline(always)]
-            fn quants<I: Isa>($isa: I, $a: &[u8], $b: &[u8]) -> I::Bytes {
-                $quants
-            }
         }
 
         impl WeightDot for $name {
@@ -71,8 +49,8 @@ macro_rules! legacy {
             const TOLERANCE: f32 = 4e-6;
 
             #[inline(always)]
-            fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-                dot::<I, $name, N>(isa, row, acts)
+            fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+                dot::<I, $name, R>(isa, rows, x)
             }
         }
 
@@ -91,42 +69,95 @@ macro_rules! legacy {
     };
 }
 
-legacy!(Q4_0, blocks::q4_0::Q4_0, signed: false, zero: 8, min: None, fifth: None, at: 2, quants: |isa, a, b| isa.nibbles(array(a, 2), array(b, 2)));
-legacy!(Q4_1, blocks::q4_1::Q4_1, signed: false, zero: 0, min: Some(2), fifth: None, at: 4, quants: |isa, a, b| isa.nibbles(array(a, 4), array(b, 4)));
-legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false, zero: 16, min: None, fifth: Some(2), at: 6,
-    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 6), array(b, 6)), isa.bit16(fifth_bits(a, b, 2))));
-legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false, zero: 0, min: Some(2), fifth: Some(4), at: 8,
-    quants: |isa, a, b| isa.or(isa.nibbles(array(a, 8), array(b, 8)), isa.bit16(fifth_bits(a, b, 4))));
-legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true, zero: 0, min: None, fifth: None, at: 2, quants: |isa, a, b| isa.load_halves_u8(array(a, 2), array(b, 2)));
+legacy!(Q4_0, blocks::q4_0::Q4_0, signed: false, zero: 8, min: None, fifth: None, at: 2);
+legacy!(Q4_1, blocks::q4_1::Q4_1, signed: false, zero: 0, min: Some(2), fifth: None, at: 4);
+legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false, zero: 16, min: None, fifth: Some(2), at: 6);
+legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false, zero: 0, min: Some(2), fifth: Some(4), at: 8);
+legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true, zero: 0, min: None, fifth: None, at: 2);
+
+/// Four blocks of a row from `4 · four` on. Beyond the row the last block
+/// stands in: the activations there are 0.
+#[inline(always)]
+pub fn four_blocks<const BYTES: usize>(row: &[u8], four: usize) -> [&[u8; BYTES]; 4] {
+    let last = row.len() / BYTES - 1;
+    std::array::from_fn(|k| array(row, (4 * four + k).min(last) * BYTES))
+}
+
+/// Activations of four blocks as their nibbles lie: each block's first 16 in a quarter, each block's last 16.
+#[inline(always)]
+pub fn as_nibbles<I: Isa>(isa: I, q: &[u8; 128]) -> (I::Bytes, I::Bytes) {
+    let at = |first: usize| isa.load_quarters(std::array::from_fn(|k| array(q, 32 * k + first)));
+    (at(0), at(16))
+}
 
 #[inline(always)]
-fn dot<I: Isa, U: Unpack, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-    let bytes = U::Weights::BYTES;
-    let n_blocks = row.len() / bytes;
-    let mut acc = [isa.zero_float(); N];
-    let (zero_point, ones) = (isa.splat_u8(U::ZERO), isa.splat_u8(1));
-    for pair in 0..n_blocks.div_ceil(2) {
-        let a = &row[2 * pair * bytes..][..bytes];
-        // An odd last block is paired with itself: the padded activations beyond the row are 0.
-        let b = if 2 * pair + 1 < n_blocks { &row[(2 * pair + 1) * bytes..][..bytes] } else { a };
-        let (da, db) = (f16_at(isa, a, 0), f16_at(isa, b, 0));
-        let q = U::quants(isa, a, b);
-        for t in 0..N {
-            let x = &acts[t];
-            let xs: &[i8; 64] = x.q[64 * pair..].first_chunk().expect("padded activations");
-            let (ta, tb) = (x.d[2 * pair], x.d[2 * pair + 1]);
-            let v = isa.load_halves(xs.first_chunk().expect("32 values"), xs.last_chunk().expect("32 values"));
-            let p = if U::SIGNED { isa.dot_signed(isa.zero_int(), q, v) } else { isa.dot_unsigned(isa.zero_int(), q, v) };
-            let p = if U::ZERO > 0 { isa.sub_int(p, isa.dot_unsigned(isa.zero_int(), zero_point, v)) } else { p };
-            acc[t] = isa.mul_add(isa.to_float(p), isa.halves_float(da * ta, db * tb), acc[t]);
+fn f16s<I: Isa, const BYTES: usize>(isa: I, blocks: &[&[u8; BYTES]; 4], at: usize) -> [f32; 4] {
+    isa.f16_4(blocks.map(|b| u16::from_le_bytes([b[at], b[at + 1]])))
+}
+
+/// −zero · Σ₄ x, which all rows' sums begin with.
+#[inline(always)]
+pub fn start<I: Isa>(isa: I, zero: u8, x: (I::Bytes, I::Bytes)) -> I::Int {
+    if zero == 0 {
+        return isa.zero_int();
+    }
+    let zero = isa.splat_u8(zero);
+    isa.sub_int(isa.zero_int(), isa.dot_unsigned(isa.dot_unsigned(isa.zero_int(), zero, x.0), zero, x.1))
+}
+
+#[inline(always)]
+fn dot<I: Isa, U: Unpack, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+    match U::Codec::BYTES {
+        18 => dot_of::<I, U, R, 18>(isa, rows, x),
+        20 => dot_of::<I, U, R, 20>(isa, rows, x),
+        22 => dot_of::<I, U, R, 22>(isa, rows, x),
+        24 => dot_of::<I, U, R, 24>(isa, rows, x),
+        _ => dot_of::<I, U, R, 34>(isa, rows, x),
+    }
+}
+
+#[inline(always)]
+fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+    let n_blocks = rows[0].len() / BYTES;
+    let mut acc = [isa.zero_float(); R];
+    let mut mins = [[0.0f32; 4]; R];
+    for (four, q) in x.q.as_chunks::<128>().0.iter().take(n_blocks.div_ceil(4)).enumerate() {
+        let dx: &[f32; 4] = x.d[4 * four..].first_chunk().expect("padded activations");
+        let xs = if U::SIGNED { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
+        let biased = (isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.0), isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.1));
+        let start = start(isa, U::ZERO, xs);
+        let sums: [f32; 4] = std::array::from_fn(|k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]);
+        for r in 0..R {
+            let b = four_blocks::<BYTES>(rows[r], four);
+            let d = f16s(isa, &b, 0);
+            let d: [f32; 4] = std::array::from_fn(|k| d[k] * dx[k]);
+            if U::SIGNED {
+                for (pair, (xs, bias)) in [(xs.0, biased.0), (xs.1, biased.1)].into_iter().enumerate() {
+                    let w = isa.load_halves(array(b[2 * pair], U::QUANTS), array(b[2 * pair + 1], U::QUANTS));
+                    // −128·Σx, as twice 64.
+                    let start = if I::SIGNED_BIAS == 0 { isa.zero_int() } else { isa.sub_int(isa.sub_int(isa.zero_int(), bias), bias) };
+                    let p = isa.dot_biased(start, isa.to_biased(w), xs);
+                    let (a, b) = (d[2 * pair], d[2 * pair + 1]);
+                    acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float([a, a, b, b]), acc[r]);
+                }
+                continue;
+            }
+            let raw = isa.load_quarters(b.map(|b| array(b, U::QUANTS)));
+            let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
+            if let Some(at) = U::FIFTH {
+                let bits = b.map(|b| u64::from(u32::from_le_bytes(*array(b, at))));
+                let join = |shift: u32| (0..4).fold(0, |all, k| all | (bits[k] >> shift & 0xffff) << (16 * k));
+                (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
+            }
+            let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
+            acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
             if let Some(at) = U::MIN {
-                let (ma, mb) = (f16_at(isa, a, at), f16_at(isa, b, at));
-                let sums = isa.dot_unsigned(isa.zero_int(), ones, v);
-                acc[t] = isa.mul_add(isa.to_float(sums), isa.halves_float(ma * ta, mb * tb), acc[t]);
+                let m = f16s(isa, &b, at);
+                mins[r] = std::array::from_fn(|k| m[k] * sums[k] + mins[r][k]);
             }
         }
     }
-    acc.map(|a| isa.sum(a))
+    std::array::from_fn(|r| isa.sum(acc[r]) + mins[r].iter().sum::<f32>())
 }
 
 /// Eight blocks of 32 nibbles of each row: value j and, in the high nibble, j + 16.
@@ -149,7 +180,7 @@ pub fn unpack_nibbles<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: [usize; 8], q: 
 
 #[inline(always)]
 fn unpack<I: Isa, U: Unpack>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales) {
-    let bytes = U::Weights::BYTES;
+    let bytes = U::Codec::BYTES;
     for b in 0..8 {
         p.d[b] = panel::halves(isa, rows, b * bytes);
         if let Some(at) = U::MIN {

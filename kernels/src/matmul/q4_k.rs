@@ -1,7 +1,8 @@
-//! Q4_K: super-blocks of 256 with 6-bit integer scales and mins.
+//! Q4_K: super-blocks of 256 with 6-bit integer scales and mins. Q5_K is the
+//! same with a fifth bit, so both are one loop.
 //!
 //! ```text
-//! for each super-block:
+//! for each super-block, for each of R rows:
 //!     for each 64 bytes of nibbles: low = sub-blocks s, s+2; high = s+1, s+3
 //!         acc_i += scale[sub] · Σ₄ q·x          (i32)
 //!     acc += d·d_x · acc_i  −  dmin·d_x · Σ min[sub]·Σx[sub]   (float, once)
@@ -27,22 +28,53 @@ pub fn scales_and_mins(s: &[u8]) -> ([u8; 8], [u8; 8]) {
     (scales.to_le_bytes(), mins.to_le_bytes())
 }
 
-/// Each min twice, to meet activation sums of 16.
+/// The scales of the four vectors of a super-block: sub-blocks 0 and 2, 1 and 3, 4 and 6, 5 and 7.
 #[inline(always)]
-pub fn doubled(mins: [u8; 8]) -> [i16; 16] {
-    std::array::from_fn(|i| i16::from(mins[i / 2]))
+fn in_vector_order(s: [u8; 8]) -> [i8; 16] {
+    [0, 0, 2, 2, 1, 1, 3, 3, 4, 4, 6, 6, 5, 5, 7, 7].map(|i| s[i] as i8)
 }
 
-/// 32 activations of each of sub-blocks `a` and `b` of super-block `i`.
+/// `QH`: place of the fifth bits, if the type has them; `QS`: of the nibbles.
 #[inline(always)]
-pub fn sub_blocks<I: Isa>(isa: I, q: &[i8], i: usize, a: usize, b: usize) -> I::Bytes {
-    let q: &[i8; 256] = q[256 * i..].first_chunk().expect("padded activations");
-    isa.load_halves(q[32 * a..].first_chunk().expect("32 values"), q[32 * b..].first_chunk().expect("32 values"))
-}
-
-#[inline(always)]
-pub fn sums_of<'a>(x: &'a ActivationRow<'_>, i: usize) -> &'a [i16; 16] {
-    x.sums[16 * i..].first_chunk().expect("padded activations")
+pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS: usize>(
+    isa: I,
+    rows: [&[u8]; R],
+    x: &ActivationRow<'_>,
+) -> [f32; R] {
+    let mut acc = [isa.zero_float(); R];
+    for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / BYTES).enumerate() {
+        let part = |s: usize| q[32 * s..].first_chunk().expect("a sub-block");
+        let xs = [(0, 2), (1, 3), (4, 6), (5, 7)].map(|(a, b)| isa.load_halves(part(a), part(b)));
+        let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
+        for r in 0..R {
+            let b: &[u8; BYTES] = rows[r][i * BYTES..].first_chunk().expect("a block");
+            let (scales, mins) = scales_and_mins(&b[4..16]);
+            let scales = isa.quarter_scales(in_vector_order(scales));
+            let mins: [i16; 16] = std::array::from_fn(|i| i16::from(mins[i / 2]));
+            let mut sum = isa.zero_int();
+            for half in 0..2 {
+                let raw = isa.load(b[QS + 64 * half..].first_chunk().expect("64 bytes"));
+                let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
+                if QH > 0 {
+                    // The upper half shifted by two: bit s then serves sub-blocks s and s + 2 at once.
+                    let qh = isa.with_shifted_by_2(b[QH..].first_chunk().expect("32 bytes"));
+                    let fifth = if half == 0 {
+                        (isa.bits::<0, 1, 4>(qh), isa.bits::<1, 1, 4>(qh))
+                    } else {
+                        (isa.bits::<4, 1, 4>(qh), isa.bits::<5, 1, 4>(qh))
+                    };
+                    (low, high) = (isa.or(low, fifth.0), isa.or(high, fifth.1));
+                }
+                sum = isa.dot_scaled(sum, low, xs[2 * half], scales[2 * half]);
+                sum = isa.dot_scaled(sum, high, xs[2 * half + 1], scales[2 * half + 1]);
+            }
+            let half = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
+            let (d, dmin) = (isa.f16(half(0)) * x.d[i], isa.f16(half(2)) * x.d[i]);
+            acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
+            acc[r] = isa.mul_add(isa.to_float(isa.dot_i16(&mins, sums)), isa.splat(-dmin), acc[r]);
+        }
+    }
+    acc.map(|a| isa.sum(a))
 }
 
 impl WeightDot for Dot {
@@ -51,34 +83,8 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-        let mut acc = [isa.zero_float(); N];
-        for (i, b) in row.as_chunks::<144>().0.iter().enumerate() {
-            let (d, dmin) = (isa.f16(u16::from_le_bytes([b[0], b[1]])), isa.f16(u16::from_le_bytes([b[2], b[3]])));
-            let (scales, mins) = scales_and_mins(&b[4..16]);
-            let mins = doubled(mins);
-            let mut sum = [isa.zero_int(); N];
-            for half in 0..2 {
-                let raw = isa.load(b[16 + 64 * half..].first_chunk().expect("64 bytes"));
-                let (low, high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
-                let s = 4 * half;
-                let scale_low = isa.halves_int(i32::from(scales[s]), i32::from(scales[s + 2]));
-                let scale_high = isa.halves_int(i32::from(scales[s + 1]), i32::from(scales[s + 3]));
-                for t in 0..N {
-                    let p = isa.dot_unsigned(isa.zero_int(), low, sub_blocks(isa, acts[t].q, i, s, s + 2));
-                    sum[t] = isa.mul_add_int(sum[t], p, scale_low);
-                    let p = isa.dot_unsigned(isa.zero_int(), high, sub_blocks(isa, acts[t].q, i, s + 1, s + 3));
-                    sum[t] = isa.mul_add_int(sum[t], p, scale_high);
-                }
-            }
-            for t in 0..N {
-                let dx = acts[t].d[i];
-                let offset = isa.dot_i16(&mins, sums_of(&acts[t], i));
-                acc[t] = isa.mul_add(isa.to_float(sum[t]), isa.splat(d * dx), acc[t]);
-                acc[t] = isa.mul_add(isa.to_float(offset), isa.splat(-dmin * dx), acc[t]);
-            }
-        }
-        acc.map(|a| isa.sum(a))
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        dot::<I, R, 144, 0, 16>(isa, rows, x)
     }
 }
 

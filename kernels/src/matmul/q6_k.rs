@@ -10,7 +10,6 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use super::q4_k::{sub_blocks, sums_of};
 use crate::isa::{Isa, Lanes};
 use gguf::blocks;
 
@@ -18,35 +17,32 @@ pub struct Dot;
 
 impl WeightDot for Dot {
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
-    // Integers are exact; floats enter twice a super-block.
+    // Integers are exact; floats enter once a super-block.
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const N: usize>(isa: I, row: &[u8], acts: &[ActivationRow<'_>; N]) -> [f32; N] {
-        let mut acc = [isa.zero_float(); N];
-        for (i, b) in row.as_chunks::<210>().0.iter().enumerate() {
-            let d = isa.f16(u16::from_le_bytes([b[208], b[209]]));
-            let scales: [i16; 16] = std::array::from_fn(|s| i16::from(b[192 + s] as i8));
-            let mut sum = [isa.zero_int(); N];
-            for half in 0..2 {
-                let ql = isa.load(b[64 * half..].first_chunk().expect("64 bytes"));
-                let qh = isa.with_shifted_by_2(b[128 + 32 * half..].first_chunk().expect("32 bytes"));
-                let low = isa.or(isa.low_nibbles(ql), isa.bits::<0, 3, 4>(qh));
-                let high = isa.or(isa.high_nibbles(ql), isa.bits::<4, 3, 4>(qh));
-                for (part, q) in [low, high].into_iter().enumerate() {
-                    let first = 4 * half + 2 * part; // in 32s
-                    let s = isa.quarters_int(std::array::from_fn(|k| i32::from(scales[2 * first + k])));
-                    for t in 0..N {
-                        let p = isa.dot_unsigned(isa.zero_int(), q, sub_blocks(isa, acts[t].q, i, first, first + 1));
-                        sum[t] = isa.mul_add_int(sum[t], p, s);
-                    }
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        let mut acc = [isa.zero_float(); R];
+        for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 210).enumerate() {
+            let xs: [I::Bytes; 4] = std::array::from_fn(|v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
+            let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
+            for r in 0..R {
+                let b: &[u8; 210] = rows[r][i * 210..].first_chunk().expect("a block");
+                let scales: [i8; 16] = std::array::from_fn(|s| b[192 + s] as i8);
+                // 32·scale still fits in 16 bits.
+                let offsets = isa.dot_i16(&scales.map(|s| i16::from(s) * 32), sums);
+                let scales = isa.quarter_scales(scales);
+                let mut sum = isa.zero_int();
+                for half in 0..2 {
+                    let ql = isa.load(b[64 * half..].first_chunk().expect("64 bytes"));
+                    let qh = isa.with_shifted_by_2(b[128 + 32 * half..].first_chunk().expect("32 bytes"));
+                    let low = isa.or(isa.low_nibbles(ql), isa.bits::<0, 3, 4>(qh));
+                    let high = isa.or(isa.high_nibbles(ql), isa.bits::<4, 3, 4>(qh));
+                    sum = isa.dot_scaled(sum, low, xs[2 * half], scales[2 * half]);
+                    sum = isa.dot_scaled(sum, high, xs[2 * half + 1], scales[2 * half + 1]);
                 }
-            }
-            for t in 0..N {
-                let dx = acts[t].d[i];
-                let offset = isa.dot_i16(&scales, sums_of(&acts[t], i));
-                acc[t] = isa.mul_add(isa.to_float(sum[t]), isa.splat(d * dx), acc[t]);
-                acc[t] = isa.mul_add(isa.to_float(offset), isa.splat(-32.0 * d * dx), acc[t]);
+                let d = isa.f16(u16::from_le_bytes([b[208], b[209]])) * x.d[i];
+                acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
             }
         }
         acc.map(|a| isa.sum(a))
