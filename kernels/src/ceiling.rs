@@ -2,7 +2,7 @@
 //! registers, and bytes read from memory. A share of a ceiling measured in
 //! the same run means something on a machine whose speed drifts.
 
-use crate::isa::{self, Isa, Op};
+use crate::isa::{self, Isa, Op, each};
 use crate::threads::Pool;
 use std::time::Instant;
 
@@ -56,7 +56,7 @@ impl Op for Sum<'_> {
     fn run<I: Isa>(self, isa: I) -> f32 {
         let ones = isa.load(&[1; 64]);
         let mut acc = [isa.zero_int(); STREAMS];
-        let parts: [&[u8]; STREAMS] = std::array::from_fn(|i| &self.0[i * self.0.len() / STREAMS..(i + 1) * self.0.len() / STREAMS]);
+        let parts: [&[u8]; STREAMS] = each!(STREAMS, |i| &self.0[i * self.0.len() / STREAMS..(i + 1) * self.0.len() / STREAMS]);
         for at in (0..parts[0].len()).step_by(256) {
             for (a, part) in acc.iter_mut().zip(parts) {
                 for line in part[at..].as_chunks::<64>().0.iter().take(4) {

@@ -8,6 +8,26 @@
 //! A new ISA is one file here and one row in [`isa_rows`]: the row's feature
 //! list gives both the CPU check and the `#[target_feature]` list.
 
+/// `[f(0), f(1), ..]`, written out where it stands. Not a closure: the
+/// compiler may keep one out of line, compiled without the ISA's features, and
+/// each intrinsic in it becomes a call.
+macro_rules! each {
+    ($n:expr, |$i:ident| $body:expr) => {{
+        let mut out = {
+            let $i = 0;
+            [$body; $n]
+        };
+        let mut rest = 1;
+        while rest < $n {
+            let $i = rest;
+            out[$i] = $body;
+            rest += 1;
+        }
+        out
+    }};
+}
+pub(crate) use each;
+
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -66,8 +86,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_unsigned(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes) -> Self::Int;
     /// acc + scale · groups of four products in each lane; `u` ≤ 63, scales of `quarter_scales`.
     fn dot_scaled(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes, scale: Self::Int) -> Self::Int;
-    /// Four vectors of scales for `dot_scaled`: quarter k of vector j is v\[4j + k\].
-    fn quarter_scales(self, v: [i8; 16]) -> [Self::Int; 4];
+    /// Four vectors of scales for `dot_scaled`: quarter k of vector j is v\[4j + k\], signed.
+    fn quarter_scales(self, v: &[u8; 16]) -> [Self::Int; 4];
+    /// Of bytes s₀–s₃ m₀–m₃ s₄–s₇ m₄–m₇: four vectors of scales for
+    /// `dot_scaled`, whose halves are s₀ s₂, s₁ s₃, s₄ s₆ and s₅ s₇; and the
+    /// bytes' products with `sums`, in any lanes.
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Self::Int; 4], Self::Int);
     /// a − b in each lane.
     fn sub_int(self, a: Self::Int, b: Self::Int) -> Self::Int;
     /// acc + a · b in each lane.
@@ -125,8 +149,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
     );
-    /// Brings the line near; no effect on the result.
-    fn prefetch(self, at: &[u8]);
+    /// Brings the line `ahead` bytes from the start of `from` near, which may lie beyond it; no effect on the result.
+    fn prefetch(self, from: &[u8], ahead: usize);
 }
 
 /// Tokens whose activations lie interleaved in a panel.

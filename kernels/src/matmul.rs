@@ -17,7 +17,7 @@ mod q6_k;
 pub mod reference;
 
 use crate::error::{Error, Result};
-use crate::isa::{self, Isa, Op};
+use crate::isa::{self, Isa, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use activation::{ActivationFormat, ActivationRow, Activations};
 use gguf::BlockType;
@@ -57,6 +57,17 @@ struct Row<I, W> {
 /// thirds of the bandwidth that eight do.
 const STREAMS: usize = 4;
 
+/// Bytes that a decode step asks for ahead in each stream.
+const AHEAD: usize = 1024;
+
+/// Asks for the lines of a block's worth of bytes, `AHEAD` of where it is read.
+#[inline(always)]
+fn prefetch_block<I: Isa>(isa: I, block: &[u8]) {
+    for line in (0..block.len()).step_by(64) {
+        isa.prefetch(block, AHEAD + line);
+    }
+}
+
 struct TileOp<'a, 'b, W> {
     weights: &'a [u8],
     row_bytes: usize,
@@ -75,17 +86,21 @@ impl<W: WeightDot> Op for TileOp<'_, '_, W> {
             return panel::run::<I, W>(isa, weights, row_bytes, acts, tile);
         }
         let rows = tile.cols.clone();
-        let row = |r: usize| &weights[r * row_bytes..(r + 1) * row_bytes];
         for t in tile.rows.clone() {
             let x = acts.row(t);
             let out = tile.row_mut(t);
-            let whole = rows.len() / STREAMS * STREAMS;
-            for i in (0..whole).step_by(STREAMS) {
-                let y = W::dot::<I, STREAMS>(isa, std::array::from_fn(|k| row(rows.start + i + k)), &x);
-                out[i..i + STREAMS].copy_from_slice(&y);
+            // Stream k takes the k-th part of the rows, so that each is one long run of memory.
+            let part = rows.len() / STREAMS;
+            for i in 0..part {
+                let from = each!(STREAMS, |k| (rows.start + k * part + i) * row_bytes);
+                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| &weights[from[k]..from[k] + row_bytes]), &x);
+                for (k, y) in y.into_iter().enumerate() {
+                    out[k * part + i] = y;
+                }
             }
-            for i in whole..rows.len() {
-                out[i] = W::dot::<I, 1>(isa, [row(rows.start + i)], &x)[0];
+            for i in STREAMS * part..rows.len() {
+                let from = (rows.start + i) * row_bytes;
+                out[i] = W::dot::<I, 1>(isa, [&weights[from..from + row_bytes]], &x)[0];
             }
         }
     }
@@ -226,12 +241,13 @@ impl Matmul {
     }
 }
 
-/// Rows of weights a thread takes at a time: enough to amortise the hand-out,
-/// small enough (about 64 KiB) that they stay in L2 while all tokens pass.
-fn rows_per_tile(plan: &Matmul, n_threads: usize) -> usize {
-    let by_cache = (64 << 10) / plan.row_bytes.max(1);
-    let by_share = plan.rows.div_ceil(8 * n_threads);
-    by_cache.min(by_share).max(4)
+/// Rows of weights a thread takes at a time: few enough that the threads end
+/// together, and if several tokens pass them in turn, that they stay in L2.
+fn rows_per_tile(plan: &Matmul, n_threads: usize, n_tokens: usize) -> usize {
+    const TILES_A_THREAD: usize = 8;
+    let by_share = plan.rows.div_ceil(TILES_A_THREAD * n_threads).next_multiple_of(STREAMS);
+    let by_cache = if n_tokens > 1 { (64 << 10) / plan.row_bytes.max(1) } else { usize::MAX };
+    by_cache.min(by_share).max(STREAMS)
 }
 
 /// Tokens that pass a panel together: as many as a batch has, so that C and a slab's activations stay in L2.
@@ -248,7 +264,8 @@ pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
     let mut outs: Vec<Matrix<'_>> = jobs
         .iter_mut()
         .map(|j| {
-            let (tokens, rows) = if acts.in_panels() { (PANEL_TOKENS, panel::ROWS) } else { (n, rows_per_tile(&j.plan, pool.n_threads())) };
+            let (tokens, rows) =
+                if acts.in_panels() { (PANEL_TOKENS, panel::ROWS) } else { (n, rows_per_tile(&j.plan, pool.n_threads(), n)) };
             Matrix::new(j.out, n, j.plan.rows, tokens, rows)
         })
         .collect();

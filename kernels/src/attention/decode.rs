@@ -3,7 +3,7 @@
 //! of the group, four at a time.
 
 use super::Attention;
-use crate::isa::Isa;
+use crate::isa::{Isa, each};
 use crate::vecmath::exp;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -96,7 +96,7 @@ fn score<I: Isa, const G: usize, const P: usize>(isa: I, q: &[f32], k: &[f32], s
     for p in (0..n).step_by(P) {
         let mut acc = [isa.zero_float(); 16];
         for d in (0..stride).step_by(16) {
-            let q: [I::Float; G] = std::array::from_fn(|g| isa.load_float(q[g * stride + d..].first_chunk().expect("16 values")));
+            let q: [I::Float; G] = each!(G, |g| isa.load_float(q[g * stride + d..].first_chunk().expect("16 values")));
             for i in 0..P {
                 let k = isa.load_float(k[(p + i) * stride + d..].first_chunk().expect("16 values"));
                 for g in 0..G {
@@ -162,7 +162,7 @@ fn dimensions<I: Isa, const G: usize, const R: usize>(isa: I, p: &[f32], v: &[f3
         }
     }
     for (i, v) in v.chunks_exact(stride).take(n).enumerate() {
-        let v: [I::Float; R] = std::array::from_fn(|r| isa.load_float(v[d + 16 * r..].first_chunk().expect("16 values")));
+        let v: [I::Float; R] = each!(R, |r| isa.load_float(v[d + 16 * r..].first_chunk().expect("16 values")));
         for g in 0..G {
             let p = isa.splat(p[g * TILE + i]);
             for r in 0..R {

@@ -13,7 +13,7 @@
 //! see a tile are neighbours.
 
 use super::Attention;
-use crate::isa::Isa;
+use crate::isa::{Isa, each};
 use crate::threads::Tile;
 use crate::vecmath::exp;
 use std::cell::RefCell;
@@ -126,7 +126,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
 fn turn<I: Isa>(isa: I, k: &[f32], stride: usize, n: usize, out: &mut [f32]) {
     for p in (0..n).step_by(16) {
         for d in (0..stride).step_by(16) {
-            let rows = isa.transpose_floats(std::array::from_fn(|i| k[(p + i) * stride + d..].first_chunk().expect("a padded row")));
+            let rows = isa.transpose_floats(each!(16, |i| k[(p + i) * stride + d..].first_chunk().expect("a padded row")));
             for (i, row) in rows.iter().enumerate() {
                 out[(d + i) * TILE + p..][..16].copy_from_slice(row);
             }
@@ -138,12 +138,12 @@ fn turn<I: Isa>(isa: I, k: &[f32], stride: usize, n: usize, out: &mut [f32]) {
 #[inline(always)]
 fn score<I: Isa, const R: usize, const T: usize>(isa: I, q: &[f32], stride: usize, k: &[f32], s: &mut [f32]) {
     for rows in (0..ROWS).step_by(T) {
-        let q: [&[f32]; T] = std::array::from_fn(|t| &q[(rows + t) * stride..(rows + t + 1) * stride]);
+        let q: [&[f32]; T] = each!(T, |t| &q[(rows + t) * stride..(rows + t + 1) * stride]);
         for p in (0..TILE).step_by(16 * R) {
             let mut acc = [[isa.zero_float(); R]; T];
             for d in 0..stride {
                 let k: &[f32; 64] = k[d * TILE..].first_chunk().expect("TILE positions");
-                let k: [I::Float; R] = std::array::from_fn(|r| isa.load_float(k[p + 16 * r..].first_chunk().expect("16 positions")));
+                let k: [I::Float; R] = each!(R, |r| isa.load_float(k[p + 16 * r..].first_chunk().expect("16 positions")));
                 for t in 0..T {
                     let q = isa.splat(q[t][d]);
                     for r in 0..R {
@@ -225,7 +225,7 @@ fn dimensions<I: Isa, const R: usize, const T: usize>(
             }
         }
         for (i, v) in v.chunks_exact(stride).take(n).enumerate() {
-            let v: [I::Float; R] = std::array::from_fn(|r| isa.load_float(v[d + 16 * r..].first_chunk().expect("16 values")));
+            let v: [I::Float; R] = each!(R, |r| isa.load_float(v[d + 16 * r..].first_chunk().expect("16 values")));
             for t in 0..T {
                 let p = isa.splat(p[t][i % TILE]);
                 for r in 0..R {

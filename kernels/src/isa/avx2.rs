@@ -228,10 +228,10 @@ impl Isa for Avx2 {
     fn sums(self, v: [[__m256; 2]; 16]) -> [__m256; 2] {
         // SAFETY: AVX2, by the token.
         unsafe {
-            let v: [__m256; 16] = std::array::from_fn(|i| _mm256_add_ps(v[i][0], v[i][1]));
+            let v: [__m256; 16] = each!(16, |i| _mm256_add_ps(v[i][0], v[i][1]));
             // hadd halves a vector's sums and joins two vectors, within 128-bit lanes.
-            let a: [__m256; 8] = std::array::from_fn(|i| _mm256_hadd_ps(v[2 * i], v[2 * i + 1]));
-            let b: [__m256; 4] = std::array::from_fn(|i| _mm256_hadd_ps(a[2 * i], a[2 * i + 1]));
+            let a: [__m256; 8] = each!(8, |i| _mm256_hadd_ps(v[2 * i], v[2 * i + 1]));
+            let b: [__m256; 4] = each!(4, |i| _mm256_hadd_ps(a[2 * i], a[2 * i + 1]));
             let join = |x, y| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y));
             [join(b[0], b[1]), join(b[2], b[3])]
         }
@@ -240,7 +240,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
         // SAFETY: 64 bytes of floats are 64 bytes.
-        let lanes = self.transpose(rows.map(|r| unsafe { &*r.as_ptr().cast::<[u8; 64]>() }));
+        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
         // SAFETY: any dword is a float; the arrays have the same size and alignment.
         unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
     }
@@ -284,7 +284,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn quarter_scales(self, v: [i8; 16]) -> [Pair; 4] {
+    fn quarter_scales(self, v: &[u8; 16]) -> [Pair; 4] {
         // SAFETY: AVX2, by the token; 16 readable bytes, by the type. Each
         // scale becomes 16 bits, each vector's four a qword in both 128-bit
         // lanes, of which a lane then repeats its own.
@@ -301,7 +301,22 @@ impl Isa for Avx2 {
                 _mm256_setr_epi64x(repeat(low), repeat(low), repeat(high), repeat(high))
             };
             let (first, second) = (pick(0x0100, 0x0302), pick(0x0504, 0x0706));
-            four.map(|f| [_mm256_shuffle_epi8(f, first), _mm256_shuffle_epi8(f, second)])
+            each!(4, |i| [_mm256_shuffle_epi8(four[i], first), _mm256_shuffle_epi8(four[i], second)])
+        }
+    }
+
+    #[inline(always)]
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Pair; 4], Pair) {
+        // SAFETY: AVX2, by the token; 32 readable bytes, by the type. The
+        // bytes become 16 bits; a shuffle repeats one of a 128-bit lane's words.
+        unsafe {
+            let wide = _mm256_cvtepu8_epi16(_mm_set_epi64x(v[1] as i64, v[0] as i64));
+            let (low, high) = (_mm256_permute2x128_si256::<0x00>(wide, wide), _mm256_permute2x128_si256::<0x11>(wide, wide));
+            let word = [_mm256_set1_epi16(0x0100), _mm256_set1_epi16(0x0302), _mm256_set1_epi16(0x0504), _mm256_set1_epi16(0x0706)];
+            let [s0, s1, s2, s3] = each!(4, |i| _mm256_shuffle_epi8(low, word[i]));
+            let [s4, s5, s6, s7] = each!(4, |i| _mm256_shuffle_epi8(high, word[i]));
+            let mins = _mm256_madd_epi16(wide, _mm256_loadu_si256(sums.as_ptr().cast()));
+            ([[s0, s2], [s1, s3], [s4, s6], [s5, s7]], [mins, _mm256_setzero_si256()])
         }
     }
 
@@ -331,12 +346,12 @@ impl Isa for Avx2 {
             // SAFETY: AVX2, by the token; 32 readable bytes from 0 or 32 of 64,
             // 32 writable from lane 0 or 8 of 16, by the types.
             unsafe {
-                let v: [__m256i; 8] = std::array::from_fn(|i| _mm256_loadu_si256(rows[8 * upper + i].as_ptr().add(32 * right).cast()));
-                let a: [__m256i; 8] = std::array::from_fn(|i| {
+                let v: [__m256i; 8] = each!(8, |i| _mm256_loadu_si256(rows[8 * upper + i].as_ptr().add(32 * right).cast()));
+                let a: [__m256i; 8] = each!(8, |i| {
                     let (x, y) = (v[i & !1], v[i | 1]);
                     if i & 1 == 0 { _mm256_unpacklo_epi32(x, y) } else { _mm256_unpackhi_epi32(x, y) }
                 });
-                let b: [__m256i; 8] = std::array::from_fn(|i| {
+                let b: [__m256i; 8] = each!(8, |i| {
                     let base = i & !3;
                     let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
                     if i & 1 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) }
@@ -398,12 +413,12 @@ impl Isa for Avx2 {
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
     ) {
-        let scale: [Pair; R] = std::array::from_fn(|r| self.load_int(scale[r]));
+        let scale: [Pair; R] = each!(R, |r| self.load_int(scale[r]));
         let steps = const { (32767 / (2 * 127 * MAX)) as usize };
         for (part, x) in x.chunks(steps).enumerate() {
             let mut p = [[self.zero_int(); T]; R];
             for (step, x) in x.iter().enumerate() {
-                let w: [Pair; R] = std::array::from_fn(|r| self.load_lanes(&w[r][part * steps + step]));
+                let w: [Pair; R] = each!(R, |r| self.load_lanes(&w[r][part * steps + step]));
                 for t in 0..T {
                     let x = self.splat_4(x[tokens + t]);
                     for r in 0..R {
@@ -431,8 +446,8 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &[u8]) {
+    fn prefetch(self, from: &[u8], ahead: usize) {
         // SAFETY: a prefetch of any address has no architectural effect.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) }
     }
 }

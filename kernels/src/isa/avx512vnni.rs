@@ -203,16 +203,16 @@ impl Isa for Avx512Vnni {
         // SAFETY: AVX-512F, by the token. Each step adds two halves of a
         // vector and joins two vectors: dwords, pairs, 128-bit lanes, halves.
         unsafe {
-            let a: [__m512; 8] = std::array::from_fn(|i| {
+            let a: [__m512; 8] = each!(8, |i| {
                 let (x, y) = (v[2 * i], v[2 * i + 1]);
                 _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y))
             });
             // Lane order within 128 bits is now x₀ y₀ x₁ y₁.
-            let b: [__m512; 4] = std::array::from_fn(|i| {
+            let b: [__m512; 4] = each!(4, |i| {
                 let (x, y) = (_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
                 _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))
             });
-            let c: [__m512; 2] = std::array::from_fn(|i| {
+            let c: [__m512; 2] = each!(2, |i| {
                 let (x, y) = (b[2 * i], b[2 * i + 1]);
                 _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y))
             });
@@ -223,7 +223,7 @@ impl Isa for Avx512Vnni {
     #[inline(always)]
     fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
         // SAFETY: 64 bytes of floats are 64 bytes.
-        let lanes = self.transpose(rows.map(|r| unsafe { &*r.as_ptr().cast::<[u8; 64]>() }));
+        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
         // SAFETY: any dword is a float; the arrays have the same size and alignment.
         unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
     }
@@ -250,7 +250,7 @@ impl Isa for Avx512Vnni {
     fn load_quarters(self, v: [&[u8; 16]; 4]) -> __m512i {
         // SAFETY: AVX-512F, by the token; 16 readable bytes each, by the types.
         unsafe {
-            let [a, b, c, d] = v.map(|p| _mm_loadu_si128(p.as_ptr().cast()));
+            let [a, b, c, d] = each!(4, |i| _mm_loadu_si128(v[i].as_ptr().cast()));
             let v = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
             _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(v, c), d)
         }
@@ -270,17 +270,34 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn quarter_scales(self, v: [i8; 16]) -> [__m512i; 4] {
+    fn quarter_scales(self, v: &[u8; 16]) -> [__m512i; 4] {
         // SAFETY: AVX-512BW, by the token; 16 readable bytes, by the type.
         unsafe {
             let wide = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast())));
-            std::array::from_fn(|j| {
+            each!(4, |j| {
                 let at = |k: usize| (4 * j + k) as i32;
                 let (a, b, c, d) = (at(0), at(1), at(2), at(3));
                 let index = _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
                 // Even words only: the high half of each lane stays 0.
                 _mm512_maskz_permutexvar_epi16(0x5555_5555, index, wide)
             })
+        }
+    }
+
+    #[inline(always)]
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([__m512i; 4], __m512i) {
+        // SAFETY: AVX-512BW, by the token; 32 readable bytes, by the type.
+        unsafe {
+            let wide = _mm256_cvtepu8_epi16(_mm_set_epi64x(v[1] as i64, v[0] as i64));
+            let mins = _mm512_zextsi256_si512(_mm256_madd_epi16(wide, _mm256_loadu_si256(sums.as_ptr().cast())));
+            let wide = _mm512_castsi256_si512(wide);
+            let scales = each!(4, |j| {
+                // Words 0–3 and 8–11 are scales; even words only, so that the high half of each lane stays 0.
+                let (a, b) = ([0, 1, 8, 9][j], [2, 3, 10, 11][j]);
+                let index = _mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b);
+                _mm512_maskz_permutexvar_epi16(0x5555_5555, index, wide)
+            });
+            (scales, mins)
         }
     }
 
@@ -304,15 +321,15 @@ impl Isa for Avx512Vnni {
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
-        let v = rows.map(|r| self.load(r));
+        let v = each!(16, |r| self.load(rows[r]));
         // SAFETY: AVX-512F, by the token.
         unsafe {
             // Pairs, then quads of rows within 128-bit lanes, then lanes of four, then of eight rows.
-            let a: [__m512i; 16] = std::array::from_fn(|i| {
+            let a: [__m512i; 16] = each!(16, |i| {
                 let (x, y) = (v[i & !1], v[i | 1]);
                 if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
             });
-            let b: [__m512i; 16] = std::array::from_fn(|i| {
+            let b: [__m512i; 16] = each!(16, |i| {
                 let base = i & !3;
                 let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
                 if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
@@ -392,7 +409,7 @@ impl Isa for Avx512Vnni {
             }
         }
         for (step, x) in x.iter().enumerate() {
-            let w: [__m512i; R] = std::array::from_fn(|r| self.load_lanes(&w[r][step]));
+            let w: [__m512i; R] = each!(R, |r| self.load_lanes(&w[r][step]));
             for t in 0..T {
                 let x = self.splat_4(x[tokens + t]);
                 for r in 0..R {
@@ -417,8 +434,8 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &[u8]) {
+    fn prefetch(self, from: &[u8], ahead: usize) {
         // SAFETY: a prefetch of any address has no architectural effect.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) }
     }
 }

@@ -180,8 +180,16 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn quarter_scales(self, v: [i8; 16]) -> [[i32; 16]; 4] {
-        std::array::from_fn(|j| std::array::from_fn(|l| i32::from(v[4 * j + l / 4])))
+    fn quarter_scales(self, v: &[u8; 16]) -> [[i32; 16]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|l| i32::from(v[4 * j + l / 4] as i8)))
+    }
+
+    #[inline(always)]
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([[i32; 16]; 4], [i32; 16]) {
+        let byte = |i: usize| (v[i / 8] >> (8 * (i % 8))) as u8;
+        let scale = |s: usize| i32::from(byte(s + s / 4 * 4));
+        let scales = [(0, 2), (1, 3), (4, 6), (5, 7)].map(|(a, b)| std::array::from_fn(|l| if l < 8 { scale(a) } else { scale(b) }));
+        (scales, std::array::from_fn(|i| i32::from(byte(i)) * i32::from(sums[i])))
     }
 
     #[inline(always)]
@@ -260,5 +268,5 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn prefetch(self, _at: &[u8]) {}
+    fn prefetch(self, _from: &[u8], _ahead: usize) {}
 }

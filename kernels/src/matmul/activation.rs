@@ -47,6 +47,7 @@ pub struct Activations {
     q: Vec<u8>,
     d: Vec<f32>,
     sums: Vec<i16>,
+    min_sums: Vec<i16>,
     x: Vec<f32>,
     /// slabs × groups
     blocks: Vec<QuantizedBlock>,
@@ -62,6 +63,8 @@ pub struct ActivationRow<'a> {
     pub d: &'a [f32],
     /// Σ q of each 16 values.
     pub sums: &'a [i16],
+    /// Of each 256 values 16 words: 0 0 0 0, Σ q of the first four 32s, 0 0 0 0, of the last four; where mins lie beside scales.
+    pub min_sums: &'a [i16],
     /// The values themselves, for `Float`.
     pub x: &'a [f32],
 }
@@ -81,6 +84,7 @@ impl Activations {
             q: Vec::new(),
             d: Vec::new(),
             sums: Vec::new(),
+            min_sums: Vec::new(),
             x: Vec::new(),
             blocks: Vec::new(),
             float_blocks: Vec::new(),
@@ -156,19 +160,21 @@ impl Activations {
         self.q.resize(n * self.padded, 0);
         self.d.resize(n * self.padded / self.format.run_len(), 0.0);
         self.sums.resize(n * self.padded / 16, 0);
+        self.min_sums.resize(n * self.padded / 16, 0);
         isa::run(QuantizeRows(self));
     }
 
     #[inline(always)]
     pub fn row(&self, t: usize) -> ActivationRow<'_> {
         if self.format == ActivationFormat::Float {
-            return ActivationRow { q: &[], d: &[], sums: &[], x: &self.x[t * self.cols..(t + 1) * self.cols] };
+            return ActivationRow { q: &[], d: &[], sums: &[], min_sums: &[], x: &self.x[t * self.cols..(t + 1) * self.cols] };
         }
         let (p, runs) = (self.padded, self.padded / self.format.run_len());
         ActivationRow {
             q: &self.q[t * p..(t + 1) * p],
             d: &self.d[t * runs..(t + 1) * runs],
             sums: &self.sums[t * p / 16..(t + 1) * p / 16],
+            min_sums: &self.min_sums[t * p / 16..(t + 1) * p / 16],
             x: &[],
         }
     }
@@ -216,6 +222,13 @@ impl Op for QuantizeRows<'_> {
             }
             for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
                 *s = q.iter().map(|&v| i16::from(v as i8)).sum();
+            }
+            let sums = a.sums[t * padded / 16..].as_chunks::<16>().0;
+            let min_sums = a.min_sums[t * padded / 16..(t + 1) * padded / 16].as_chunks_mut::<16>().0;
+            for (out, sums) in min_sums.iter_mut().zip(sums) {
+                for s in 0..8 {
+                    out[4 + s + s / 4 * 4] = sums[2 * s] + sums[2 * s + 1];
+                }
             }
         }
     }

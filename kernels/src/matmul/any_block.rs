@@ -5,7 +5,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{Floats, LANES, PanelWeights, SLAB};
-use crate::isa::Isa;
+use crate::isa::{Isa, each};
 use gguf::blocks::Codec;
 
 pub struct Decoded<C>(std::marker::PhantomData<fn() -> C>);
@@ -37,7 +37,7 @@ impl<C: Codec + 'static> WeightDot for Decoded<C> {
                 }
             }
         }
-        std::array::from_fn(|r| acc[r].into_iter().map(|a| isa.sum(a)).sum::<f32>() + tail[r])
+        each!(R, |r| isa.sum(acc[r][0]) + isa.sum(acc[r][1]) + isa.sum(acc[r][2]) + isa.sum(acc[r][3]) + tail[r])
     }
 }
 
@@ -52,13 +52,7 @@ impl<C: Codec + 'static> PanelWeights for Decoded<C> {
             C::decode(row, out);
         }
         for (part, out) in p.w.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            let mut bits = [[0u8; 64]; LANES];
-            for (bits, row) in bits.iter_mut().zip(&decoded) {
-                for (b, v) in bits.as_chunks_mut::<4>().0.iter_mut().zip(&row[16 * part..]) {
-                    *b = v.to_le_bytes();
-                }
-            }
-            *out = isa.transpose(bits.each_ref());
+            *out = isa.transpose_floats(each!(LANES, |r| decoded[r][16 * part..].first_chunk().expect("256 values")));
         }
     }
 }

@@ -3,9 +3,9 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::legacy::{as_nibbles, four_blocks, start, unpack_nibbles};
+use super::legacy::{as_nibbles, last_blocks, start, unpack_nibbles};
 use super::panel::{self, FloatScales, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use gguf::blocks;
 use gguf::blocks::iq4_nl::VALUES;
 
@@ -38,16 +38,24 @@ impl WeightDot for NlDot {
             let xs = as_nibbles(isa, q);
             let start = biased_start(isa, xs);
             for r in 0..R {
-                let b = four_blocks::<18>(rows[r], four);
-                let raw = isa.load_quarters(b.map(|b| b[2..].first_chunk().expect("16 bytes")));
+                let last;
+                let b: &[[u8; 18]; 4] = match rows[r].as_chunks::<18>().0.as_chunks::<4>().0.get(four) {
+                    Some(b) => b,
+                    None => {
+                        last = last_blocks(rows[r]);
+                        &last
+                    }
+                };
+                super::prefetch_block(isa, b.as_flattened());
+                let raw = isa.load_quarters(each!(4, |k| b[k][2..].first_chunk().expect("16 bytes")));
                 let (low, high) = (isa.lookup(&table, isa.low_nibbles(raw)), isa.lookup(&table, isa.high_nibbles(raw)));
                 let p = isa.dot_biased(isa.dot_biased(start, low, xs.0), high, xs.1);
-                let d = isa.f16_4(b.map(|b| u16::from_le_bytes([b[0], b[1]])));
-                let d: [f32; 4] = std::array::from_fn(|k| d[k] * x.d[4 * four + k]);
+                let d = isa.f16_4(each!(4, |k| u16::from_le_bytes([b[k][0], b[k][1]])));
+                let d: [f32; 4] = each!(4, |k| d[k] * x.d[4 * four + k]);
                 acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
             }
         }
-        acc.map(|a| isa.sum(a))
+        each!(R, |r| isa.sum(acc[r]))
     }
 }
 
@@ -63,11 +71,11 @@ impl WeightDot for XsDot {
         let table = table::<I>();
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 136).enumerate() {
-            let xs: [(I::Bytes, I::Bytes); 2] =
-                std::array::from_fn(|half| as_nibbles(isa, q[128 * half..].first_chunk().expect("half a block")));
-            let starts = xs.map(|x| biased_start(isa, x));
+            let xs: [(I::Bytes, I::Bytes); 2] = each!(2, |half| as_nibbles(isa, q[128 * half..].first_chunk().expect("half a block")));
+            let starts = each!(2, |half| biased_start(isa, xs[half]));
             for r in 0..R {
                 let b: &[u8; 136] = rows[r][i * 136..].first_chunk().expect("a block");
+                super::prefetch_block(isa, b);
                 let high = u16::from_le_bytes([b[2], b[3]]);
                 let scale = |s: usize| i32::from(b[4 + s / 2] >> (4 * (s % 2)) & 15) + i32::from(high >> (2 * s) & 3) * 16 - 32;
                 let mut sum = isa.zero_int();
@@ -75,13 +83,13 @@ impl WeightDot for XsDot {
                     let raw = isa.load(b[8 + 64 * half..].first_chunk().expect("64 bytes"));
                     let (low, high) = (isa.lookup(&table, isa.low_nibbles(raw)), isa.lookup(&table, isa.high_nibbles(raw)));
                     let p = isa.dot_biased(isa.dot_biased(starts[half], low, xs[half].0), high, xs[half].1);
-                    sum = isa.mul_add_int(sum, p, isa.quarters_int(std::array::from_fn(|k| scale(4 * half + k))));
+                    sum = isa.mul_add_int(sum, p, isa.quarters_int(each!(4, |k| scale(4 * half + k))));
                 }
                 let d = isa.f16(u16::from_le_bytes([b[0], b[1]])) * x.d[i];
                 acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
             }
         }
-        acc.map(|a| isa.sum(a))
+        each!(R, |r| isa.sum(acc[r]))
     }
 }
 
@@ -116,7 +124,7 @@ impl PanelWeights for XsDot {
         p.d = panel::halves(isa, rows, 0);
         let (low, high) = (panel::words(rows, 4), panel::words(rows, 0));
         for s in 0..8 {
-            p.scales[s] = std::array::from_fn(|r| ((low[r] >> (4 * s) & 15) | (high[r] >> (16 + 2 * s) & 3) << 4).wrapping_sub(32));
+            p.scales[s] = each!(LANES, |r| ((low[r] >> (4 * s) & 15) | (high[r] >> (16 + 2 * s) & 3) << 4).wrapping_sub(32));
         }
         unpack_nibbles(isa, rows, std::array::from_fn(|b| 8 + 16 * b), &mut p.q);
         p.q.iter_mut().for_each(|q| *q = values::<I>(*q));

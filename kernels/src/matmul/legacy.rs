@@ -13,7 +13,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, FloatScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use gguf::blocks::{self, Codec};
 
 /// What distinguishes a legacy type.
@@ -75,24 +75,26 @@ legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false, zero: 16, min: None, fifth: Som
 legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false, zero: 0, min: Some(2), fifth: Some(4), at: 8);
 legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true, zero: 0, min: None, fifth: None, at: 2);
 
-/// Four blocks of a row from `4 · four` on. Beyond the row the last block
-/// stands in: the activations there are 0.
+/// The bytes of the last blocks of a row, fewer than four, filled up with zeros, which decode to zeros.
 #[inline(always)]
-pub fn four_blocks<const BYTES: usize>(row: &[u8], four: usize) -> [&[u8; BYTES]; 4] {
-    let last = row.len() / BYTES - 1;
-    std::array::from_fn(|k| array(row, (4 * four + k).min(last) * BYTES))
+pub fn last_blocks<const BYTES: usize>(row: &[u8]) -> [[u8; BYTES]; 4] {
+    let mut out = [[0; BYTES]; 4];
+    let blocks = row.as_chunks::<BYTES>().0;
+    for (out, b) in out.iter_mut().zip(&blocks[blocks.len() / 4 * 4..]) {
+        *out = *b;
+    }
+    out
 }
 
 /// Activations of four blocks as their nibbles lie: each block's first 16 in a quarter, each block's last 16.
 #[inline(always)]
 pub fn as_nibbles<I: Isa>(isa: I, q: &[u8; 128]) -> (I::Bytes, I::Bytes) {
-    let at = |first: usize| isa.load_quarters(std::array::from_fn(|k| array(q, 32 * k + first)));
-    (at(0), at(16))
+    (isa.load_quarters(each!(4, |k| array(q, 32 * k))), isa.load_quarters(each!(4, |k| array(q, 32 * k + 16))))
 }
 
 #[inline(always)]
-fn f16s<I: Isa, const BYTES: usize>(isa: I, blocks: &[&[u8; BYTES]; 4], at: usize) -> [f32; 4] {
-    isa.f16_4(blocks.map(|b| u16::from_le_bytes([b[at], b[at + 1]])))
+fn f16s<I: Isa, const BYTES: usize>(isa: I, blocks: &[[u8; BYTES]; 4], at: usize) -> [f32; 4] {
+    isa.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][at], blocks[k][at + 1]])))
 }
 
 /// −zero · Σ₄ x, which all rows' sums begin with.
@@ -126,14 +128,22 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
         let xs = if U::SIGNED { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
         let biased = (isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.0), isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.1));
         let start = start(isa, U::ZERO, xs);
-        let sums: [f32; 4] = std::array::from_fn(|k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]);
+        let sums: [f32; 4] = each!(4, |k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]);
         for r in 0..R {
-            let b = four_blocks::<BYTES>(rows[r], four);
-            let d = f16s(isa, &b, 0);
-            let d: [f32; 4] = std::array::from_fn(|k| d[k] * dx[k]);
+            let last;
+            let b: &[[u8; BYTES]; 4] = match rows[r].as_chunks::<BYTES>().0.as_chunks::<4>().0.get(four) {
+                Some(b) => b,
+                None => {
+                    last = last_blocks(rows[r]);
+                    &last
+                }
+            };
+            super::prefetch_block(isa, b.as_flattened());
+            let d = f16s(isa, b, 0);
+            let d: [f32; 4] = each!(4, |k| d[k] * dx[k]);
             if U::SIGNED {
                 for (pair, (xs, bias)) in [(xs.0, biased.0), (xs.1, biased.1)].into_iter().enumerate() {
-                    let w = isa.load_halves(array(b[2 * pair], U::QUANTS), array(b[2 * pair + 1], U::QUANTS));
+                    let w = isa.load_halves(array(&b[2 * pair], U::QUANTS), array(&b[2 * pair + 1], U::QUANTS));
                     // −128·Σx, as twice 64.
                     let start = if I::SIGNED_BIAS == 0 { isa.zero_int() } else { isa.sub_int(isa.sub_int(isa.zero_int(), bias), bias) };
                     let p = isa.dot_biased(start, isa.to_biased(w), xs);
@@ -142,22 +152,22 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                 }
                 continue;
             }
-            let raw = isa.load_quarters(b.map(|b| array(b, U::QUANTS)));
+            let raw = isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS)));
             let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
             if let Some(at) = U::FIFTH {
-                let bits = b.map(|b| u64::from(u32::from_le_bytes(*array(b, at))));
+                let bits = each!(4, |k| u64::from(u32::from_le_bytes(*array(&b[k], at))));
                 let join = |shift: u32| (0..4).fold(0, |all, k| all | (bits[k] >> shift & 0xffff) << (16 * k));
                 (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
             }
             let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
             acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
             if let Some(at) = U::MIN {
-                let m = f16s(isa, &b, at);
-                mins[r] = std::array::from_fn(|k| m[k] * sums[k] + mins[r][k]);
+                let m = f16s(isa, b, at);
+                mins[r] = each!(4, |k| m[k] * sums[k] + mins[r][k]);
             }
         }
     }
-    std::array::from_fn(|r| isa.sum(acc[r]) + mins[r].iter().sum::<f32>())
+    each!(R, |r| isa.sum(acc[r]) + mins[r].iter().sum::<f32>())
 }
 
 /// Eight blocks of 32 nibbles of each row: value j and, in the high nibble, j + 16.
@@ -196,7 +206,7 @@ fn unpack<I: Isa, U: Unpack>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales)
                 raw[32..].copy_from_slice(array::<32>(row, (2 * two + 1) * bytes + U::QUANTS));
             }
             for (j, raw) in isa.transpose(raw.each_ref()).iter().enumerate() {
-                p.q[16 * two + j] = raw.map(|w| w ^ (I::SIGNED_BIAS as u32 * 0x0101_0101));
+                p.q[16 * two + j] = each!(LANES, |r| raw[r] ^ (I::SIGNED_BIAS as u32 * 0x0101_0101));
             }
         }
         return;
@@ -208,7 +218,7 @@ fn unpack<I: Isa, U: Unpack>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales)
             for step in 0..8 {
                 // Four bits to the fifth bits of four bytes: copies at distance 7, of which one bit each is kept.
                 let q = &mut p.q[8 * b + step];
-                *q = std::array::from_fn(|r| q[r] | ((bits[r] >> (4 * step) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101) << 4);
+                *q = each!(LANES, |r| q[r] | ((bits[r] >> (4 * step) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101) << 4);
             }
         }
     }

@@ -21,7 +21,7 @@ pub mod floats;
 pub mod integer_scales;
 
 use super::activation::Activations;
-use crate::isa::{GROUP, Isa, Lanes, TokenDwords, TokenInts};
+use crate::isa::{GROUP, Isa, Lanes, TokenDwords, TokenInts, each};
 use crate::threads::Tile;
 use gguf::blocks::Codec;
 use std::cell::RefCell;
@@ -216,7 +216,7 @@ fn unpack<I: Isa, W: PanelWeights>(
         let part = row(r);
         whole[..part.len()].copy_from_slice(part);
     }
-    let rows: [&[u8]; LANES] = std::array::from_fn(|r| &whole[r][..slab_bytes]);
+    let rows: [&[u8]; LANES] = each!(LANES, |r| &whole[r][..slab_bytes]);
     W::unpack(isa, &rows, panel);
 }
 
@@ -239,7 +239,7 @@ impl NextSlab<'_> {
         for line in i * lines / n..(i + 1) * lines / n {
             let at = (self.first + line / lines_a_row) * self.row_bytes + self.from + line % lines_a_row * 64;
             if let Some(bytes) = self.weights.get(at..) {
-                isa.prefetch(bytes);
+                isa.prefetch(bytes, 0);
             }
         }
     }
@@ -248,32 +248,32 @@ impl NextSlab<'_> {
 /// Dword `at / 4` of each row, at any alignment.
 #[inline(always)]
 pub fn words(rows: &[&[u8]; LANES], at: usize) -> Lanes {
-    std::array::from_fn(|r| u32::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab")))
+    each!(LANES, |r| u32::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab")))
 }
 
 /// The f16 at `at` of each row.
 #[inline(always)]
 pub fn halves<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [f32; LANES] {
-    std::array::from_fn(|r| isa.f16(u16::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab"))))
+    each!(LANES, |r| isa.f16(u16::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab"))))
 }
 
 /// 64 bytes from `at` on of each row, transposed.
 #[inline(always)]
 pub fn transposed<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [Lanes; LANES] {
-    isa.transpose(rows.map(|r| r[at..].first_chunk().expect("within the slab")))
+    isa.transpose(each!(LANES, |r| rows[r][at..].first_chunk().expect("within the slab")))
 }
 
 /// Byte `i` of each dword.
 #[inline(always)]
 pub fn byte(words: &Lanes, i: u32) -> Lanes {
-    words.map(|w| w >> (8 * i) & 0xff)
+    each!(LANES, |r| words[r] >> (8 * i) & 0xff)
 }
 
 /// `(w >> shift) & mask` in each byte of each dword; foreign bits are masked off.
 #[inline(always)]
 pub fn fields(words: &Lanes, shift: u32, mask: u8) -> Lanes {
     let mask = u32::from(mask) * 0x0101_0101;
-    words.map(|w| w >> shift & mask)
+    each!(LANES, |r| words[r] >> shift & mask)
 }
 
 /// What sums of signed weights begin with: −bias·Σx.
@@ -294,7 +294,7 @@ fn biased_start<I: Isa, const R: usize, const T: usize>(isa: I, sums: &TokenInts
 /// One dword of signed weights, of R × 16 rows.
 #[inline(always)]
 fn biased_step<I: Isa, const R: usize, const T: usize>(isa: I, w: [&Lanes; R], x: &TokenDwords, tokens: usize, p: &mut [[I::Int; T]; R]) {
-    let w = w.map(|w| isa.load_lanes(w));
+    let w = each!(R, |r| isa.load_lanes(w[r]));
     for t in 0..T {
         let x = isa.splat_4(x[tokens + t]);
         for r in 0..R {

@@ -11,27 +11,19 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use gguf::blocks;
 
 pub struct Dot;
 
-/// The eight scales and mins of Q4_K and Q5_K from their 12 bytes (layout in
-/// gguf's `blocks/k_scales.rs`), unpacked four at a time in u32.
+/// Scales and mins from their 12 bytes (layout in gguf's `blocks/k_scales.rs`),
+/// eight at a time: s₀–s₃ m₀–m₃, then s₄–s₇ m₄–m₇.
 #[inline(always)]
-pub fn scales_and_mins(s: &[u8]) -> ([u8; 8], [u8; 8]) {
-    let word = |at: usize| u32::from_le_bytes(*s[at..].first_chunk().expect("12 bytes of scales"));
-    let (a, b, c) = (word(0), word(4), word(8));
-    let low = |x: u32| x & 0x3f3f_3f3f;
-    let scales = u64::from(low(a)) | u64::from((c & 0x0f0f_0f0f) | (a >> 6 & 0x0303_0303) << 4) << 32;
-    let mins = u64::from(low(b)) | u64::from((c >> 4 & 0x0f0f_0f0f) | (b >> 6 & 0x0303_0303) << 4) << 32;
-    (scales.to_le_bytes(), mins.to_le_bytes())
-}
-
-/// The scales of the four vectors of a super-block: sub-blocks 0 and 2, 1 and 3, 4 and 6, 5 and 7.
-#[inline(always)]
-fn in_vector_order(s: [u8; 8]) -> [i8; 16] {
-    [0, 0, 2, 2, 1, 1, 3, 3, 4, 4, 6, 6, 5, 5, 7, 7].map(|i| s[i] as i8)
+fn scales_and_mins(s: &[u8; 12]) -> [u64; 2] {
+    let first = u64::from_le_bytes(*s.first_chunk().expect("12 bytes"));
+    let last = u64::from(u32::from_le_bytes(*s.last_chunk().expect("12 bytes")));
+    let nibbles = (last & 0x0f0f_0f0f) | (last >> 4 & 0x0f0f_0f0f) << 32;
+    [first & 0x3f3f_3f3f_3f3f_3f3f, nibbles | (first >> 6 & 0x0303_0303_0303_0303) << 4]
 }
 
 /// `QH`: place of the fifth bits, if the type has them; `QS`: of the nibbles.
@@ -43,14 +35,16 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
 ) -> [f32; R] {
     let mut acc = [isa.zero_float(); R];
     for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / BYTES).enumerate() {
-        let part = |s: usize| q[32 * s..].first_chunk().expect("a sub-block");
-        let xs = [(0, 2), (1, 3), (4, 6), (5, 7)].map(|(a, b)| isa.load_halves(part(a), part(b)));
-        let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
+        let subs: &[[u8; 32]] = q.as_chunks().0;
+        let xs = each!(4, |v| {
+            let first = 4 * (v / 2) + v % 2;
+            isa.load_halves(&subs[first], &subs[first + 2])
+        });
+        let sums: &[i16; 16] = x.min_sums[16 * i..].first_chunk().expect("padded activations");
         for r in 0..R {
             let b: &[u8; BYTES] = rows[r][i * BYTES..].first_chunk().expect("a block");
-            let (scales, mins) = scales_and_mins(&b[4..16]);
-            let scales = isa.quarter_scales(in_vector_order(scales));
-            let mins: [i16; 16] = std::array::from_fn(|i| i16::from(mins[i / 2]));
+            super::prefetch_block(isa, b);
+            let (scales, mins) = isa.halves_scales(scales_and_mins(b[4..].first_chunk().expect("12 bytes")), sums);
             let mut sum = isa.zero_int();
             for half in 0..2 {
                 let raw = isa.load(b[QS + 64 * half..].first_chunk().expect("64 bytes"));
@@ -71,10 +65,10 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
             let half = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
             let (d, dmin) = (isa.f16(half(0)) * x.d[i], isa.f16(half(2)) * x.d[i]);
             acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
-            acc[r] = isa.mul_add(isa.to_float(isa.dot_i16(&mins, sums)), isa.splat(-dmin), acc[r]);
+            acc[r] = isa.mul_add(isa.to_float(mins), isa.splat(-dmin), acc[r]);
         }
     }
-    acc.map(|a| isa.sum(a))
+    each!(R, |r| isa.sum(acc[r]))
 }
 
 impl WeightDot for Dot {
@@ -92,22 +86,24 @@ impl WeightDot for Dot {
 #[inline(always)]
 pub fn unpack_scales<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
     p.d = panel::halves(isa, rows, 0);
-    p.dmin = panel::halves(isa, rows, 2).map(|m| -m);
+    let dmin = panel::halves(isa, rows, 2);
+    p.dmin = each!(LANES, |r| -dmin[r]);
     let (a, b, c) = (panel::words(rows, 4), panel::words(rows, 8), panel::words(rows, 12));
     let low = |x: &Lanes| panel::fields(x, 0, 63);
     let high = |nibbles: Lanes, x: &Lanes| -> Lanes {
         let top = panel::fields(x, 6, 3);
-        std::array::from_fn(|r| nibbles[r] | top[r] << 4)
+        each!(LANES, |r| nibbles[r] | top[r] << 4)
     };
     let scales = [low(&a), high(panel::fields(&c, 0, 15), &a)];
     let mins = [low(&b), high(panel::fields(&c, 4, 15), &b)];
     for s in 0..8 {
-        p.scales[s] = panel::byte(&scales[s / 4], s as u32 % 4).map(|s| isa.panel_scale(s as i32));
+        let scale = panel::byte(&scales[s / 4], s as u32 % 4);
+        p.scales[s] = each!(LANES, |r| isa.panel_scale(scale[r] as i32));
     }
     for pair in 0..4 {
         let at = 2 * (pair as u32 % 2);
         let (even, odd) = (panel::byte(&mins[pair / 2], at), panel::byte(&mins[pair / 2], at + 1));
-        p.min_pairs[pair] = std::array::from_fn(|r| even[r] | odd[r] << 16);
+        p.min_pairs[pair] = each!(LANES, |r| even[r] | odd[r] << 16);
     }
 }
 

@@ -4,7 +4,7 @@ use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
 use super::q4_k::{dot, unpack_scales};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use gguf::blocks;
 
 pub struct Dot;
@@ -38,7 +38,7 @@ impl PanelWeights for Dot {
                 let high = &high[4 + j % 8];
                 let with_fifth = |nibbles: Lanes, sub: usize| -> Lanes {
                     let bits = panel::fields(high, sub as u32, 1);
-                    std::array::from_fn(|r| nibbles[r] | bits[r] << 4)
+                    each!(LANES, |r| nibbles[r] | bits[r] << 4)
                 };
                 p.q[8 * sub + j % 8] = with_fifth(panel::fields(raw, 0, 15), sub);
                 p.q[8 * sub + 8 + j % 8] = with_fifth(panel::fields(raw, 4, 15), sub + 1);

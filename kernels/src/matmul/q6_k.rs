@@ -10,7 +10,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use gguf::blocks;
 
 pub struct Dot;
@@ -24,13 +24,14 @@ impl WeightDot for Dot {
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 210).enumerate() {
-            let xs: [I::Bytes; 4] = std::array::from_fn(|v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
+            let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
             for r in 0..R {
                 let b: &[u8; 210] = rows[r][i * 210..].first_chunk().expect("a block");
-                let scales: [i8; 16] = std::array::from_fn(|s| b[192 + s] as i8);
+                super::prefetch_block(isa, b);
+                let scales: &[u8; 16] = b[192..].first_chunk().expect("16 scales");
                 // 32·scale still fits in 16 bits.
-                let offsets = isa.dot_i16(&scales.map(|s| i16::from(s) * 32), sums);
+                let offsets = isa.dot_i16(&each!(16, |s| i16::from(scales[s] as i8) * 32), sums);
                 let scales = isa.quarter_scales(scales);
                 let mut sum = isa.zero_int();
                 for half in 0..2 {
@@ -45,7 +46,7 @@ impl WeightDot for Dot {
                 acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
             }
         }
-        acc.map(|a| isa.sum(a))
+        each!(R, |r| isa.sum(acc[r]))
     }
 }
 
@@ -62,7 +63,7 @@ impl PanelWeights for Dot {
         for i in 0..4 {
             let scales = panel::words(rows, 192 + 4 * i);
             for j in 0..4 {
-                p.scales[4 * i + j] = scales.map(|s| isa.panel_scale(i32::from((s >> (8 * j)) as i8)));
+                p.scales[4 * i + j] = each!(LANES, |r| isa.panel_scale(i32::from((scales[r] >> (8 * j)) as i8)));
             }
         }
         let high = panel::transposed(isa, rows, 128);
@@ -74,7 +75,7 @@ impl PanelWeights for Dot {
                 let quarter = j / 8;
                 let with_top = |nibbles: Lanes, quarter: usize| -> Lanes {
                     let bits = panel::fields(high, 2 * quarter as u32, 3);
-                    std::array::from_fn(|r| nibbles[r] | bits[r] << 4)
+                    each!(LANES, |r| nibbles[r] | bits[r] << 4)
                 };
                 let step = 32 * half + 8 * quarter + j % 8;
                 p.q[step] = with_top(panel::fields(low, 0, 15), quarter);

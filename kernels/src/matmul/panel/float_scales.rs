@@ -8,7 +8,7 @@
 //! ```
 
 use super::{At, LANES, Panel, PanelWeights, STEPS, Sums};
-use crate::isa::{Isa, Lanes};
+use crate::isa::{Isa, Lanes, each};
 use crate::matmul::activation::Activations;
 
 #[repr(C, align(64))]
@@ -37,7 +37,7 @@ impl Panel for FloatScales {
             if W::SIGNED {
                 p = super::biased_start::<I, R, T>(isa, &x.sums_32[block], at.tokens);
                 for step in steps {
-                    super::biased_step(isa, std::array::from_fn(|r| &panels[r].q[step]), &x.q[step], at.tokens, &mut p);
+                    super::biased_step(isa, each!(R, |r| &panels[r].q[step]), &x.q[step], at.tokens, &mut p);
                 }
             } else {
                 p = [[isa.zero_int(); T]; R];
@@ -48,7 +48,7 @@ impl Panel for FloatScales {
                     }
                 }
                 for step in steps {
-                    let w: [I::Bytes; R] = std::array::from_fn(|r| isa.load_lanes(&panels[r].q[step]));
+                    let w: [I::Bytes; R] = each!(R, |r| isa.load_lanes(&panels[r].q[step]));
                     for t in 0..T {
                         let x = isa.splat_4(x.q[step][at.tokens + t]);
                         for r in 0..R {

@@ -13,7 +13,7 @@
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
 use super::{At, LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
-use crate::isa::{GROUP, Isa, Lanes, TokenInts};
+use crate::isa::{GROUP, Isa, Lanes, TokenInts, each};
 use crate::matmul::activation::Activations;
 
 #[repr(C, align(64))]
@@ -106,8 +106,8 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
     let steps = W::SUB / 4;
     for sub in 0..256 / W::SUB {
         let range = sub * steps..(sub + 1) * steps;
-        let w: [&[Lanes]; R] = std::array::from_fn(|r| &panels[r].q[range.clone()]);
-        let scale: [&Lanes; R] = std::array::from_fn(|r| &panels[r].scales[sub]);
+        let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[range.clone()]);
+        let scale: [&Lanes; R] = each!(R, |r| &panels[r].scales[sub]);
         let init = (W::OFFSET != 0).then_some(&init[sub]);
         // The largest quant decides how soon 16-bit sums overflow.
         match W::MAX {
@@ -133,7 +133,7 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
         let sums = if W::SUB == 16 { &x.sums_16[sub] } else { &x.sums_32[sub % 8] };
         let mut p = super::biased_start::<I, R, T>(isa, sums, tokens);
         for step in sub * steps..(sub + 1) * steps {
-            super::biased_step(isa, std::array::from_fn(|r| &panels[r].q[step]), &x.q[step], tokens, &mut p);
+            super::biased_step(isa, each!(R, |r| &panels[r].q[step]), &x.q[step], tokens, &mut p);
         }
         for r in 0..R {
             let scale = isa.load_int(&panels[r].scales[sub]);
