@@ -112,9 +112,9 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
         // The largest quant decides how soon 16-bit sums overflow.
         match W::MAX {
             ..=3 => isa.scaled_dots::<R, T, 3, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            ..=7 => isa.scaled_dots::<R, T, 7, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            ..=15 => isa.scaled_dots::<R, T, 15, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            ..=31 => isa.scaled_dots::<R, T, 31, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            4..=7 => isa.scaled_dots::<R, T, 7, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            8..=15 => isa.scaled_dots::<R, T, 15, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            16..=31 => isa.scaled_dots::<R, T, 31, NARROW>(acc, w, &x.q[range], tokens, init, scale),
             _ => isa.scaled_dots::<R, T, 63, NARROW>(acc, w, &x.q[range], tokens, init, scale),
         }
     }
