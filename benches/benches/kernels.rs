@@ -1,9 +1,9 @@
 //! Every kernel row over a decode and a prefill shape: GB/s and GOP/s, and the
-//! share of the ceiling measured in the same run.
+//! share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
 //! `cargo bench -p benches --bench kernels -- --rows 4096 --cols 4096 --tokens 1,512 --reps 7 --only Q4_K/avx512vnni`
 
-use benches::{argument, is_test_run, median};
+use benches::{argument, is_test_run, median, runs};
 use kernels::matmul::{Job, Matmul, run_group};
 use kernels::{Activations, Pool, ceiling};
 use std::time::Instant;
@@ -45,12 +45,23 @@ fn main() {
             let seconds = median(times);
             let (gb, gop) = (bytes as f64 / seconds / 1e9, 2.0 * (rows * cols * tokens) as f64 / seconds / 1e9);
             println!(
-                "{:<24} tokens {tokens:<4} {gb:>7.2} GB/s ({:>3.0} %)  {gop:>8.1} GOP/s ({:>3.0} %; best run {:>3.0} %)",
+                "{:<24} tokens {tokens:<4} {gb:>7.2} GB/s ({:>3.0} %; best run {:>3.0} %)  {gop:>8.1} GOP/s ({:>3.0} %; best run {:>3.0} %)",
                 kernel.name(),
                 gb * 1e11 / peaks.read_bytes,
+                gb * 1e11 / peaks.read_bytes * seconds / best,
                 gop * 1e11 / peaks.int8_ops,
                 gop * 1e11 / peaks.int8_ops * seconds / best
             );
+            if !test {
+                let row = format!(
+                    "{},{},{rows},{cols},{tokens},{reps},{gb:.2},{:.3},{gop:.1},{:.3}",
+                    kernel.name(),
+                    pool.n_threads(),
+                    gb * 1e9 / peaks.read_bytes,
+                    gop * 1e9 / peaks.int8_ops
+                );
+                runs::append("kernels", runs::KERNELS, &row);
+            }
         }
     }
 }

@@ -1,13 +1,14 @@
-//! Prefill and decode of whole models, ours and llama.cpp's in turn, medians and ratios.
+//! Prefill and decode of whole models, ours and llama.cpp's in turn on the same
+//! file: medians, the ratio to the better of llama.cpp's two paths, GOP/s and
+//! GB/s, and the share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
-//! `cargo bench -p benches --features ggml --bench models -- --shape 1b --types Q4_0,Q4_K_M --prompt 512 --tokens 64 --reps 5`
+//! `cargo bench -p benches --features ggml --bench models -- --shape 1b --types Q4_0,Q4_K_M --prompt 512 --tokens 128 --reps 5`
+//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers both|plain|none`.
 //! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
 
-use benches::{argument, is_test_run, median, synth};
-use kernels::Pool;
+use benches::{argument, is_test_run, median, runs, synth};
+use kernels::{Pool, ceiling};
 use runtime::{Decoder, KvCache, KvType, Model, Want};
-#[cfg(feature = "ggml")]
-use std::path::Path;
 use std::time::Instant;
 
 struct Load {
@@ -15,86 +16,188 @@ struct Load {
     tokens: usize,
     depth: Vec<u32>,
     reps: usize,
+    kv: KvType,
 }
 
-/// (prefill, decode) tokens per second.
-type Speed = (f64, f64);
+impl Load {
+    fn context(&self) -> usize {
+        self.depth.len() + self.prompt.len() + self.tokens
+    }
+}
 
-fn ours(model: &Model, pool: &Pool, l: &Load) -> Speed {
-    let mut cache = KvCache::new(model.hparams(), l.depth.len() + l.prompt.len() + l.tokens, KvType::F16).expect("cache");
-    let mut decoder = Decoder::new(model);
-    if !l.depth.is_empty() {
-        decoder.forward(pool, &mut cache, &l.depth, Want::Last).expect("depth");
+/// One program with the model open.
+trait Contestant {
+    fn name(&self) -> &'static str;
+    /// Appends tokens to the first `at` and discards what was beyond.
+    fn feed(&mut self, tokens: &[u32], at: usize);
+}
+
+struct Ours<'m> {
+    pool: &'m Pool,
+    cache: KvCache,
+    decoder: Decoder<'m>,
+}
+
+impl Contestant for Ours<'_> {
+    fn name(&self) -> &'static str {
+        "gristmill"
     }
-    let start = Instant::now();
-    decoder.forward(pool, &mut cache, &l.prompt, Want::Last).expect("prefill");
-    let prefill = l.prompt.len() as f64 / start.elapsed().as_secs_f64();
-    let start = Instant::now();
-    for i in 0..l.tokens {
-        decoder.forward(pool, &mut cache, &[i as u32 % 100], Want::Last).expect("decode");
+
+    fn feed(&mut self, tokens: &[u32], at: usize) {
+        self.cache.truncate(at);
+        self.decoder.forward(self.pool, &mut self.cache, tokens, Want::Last).expect("forward");
     }
-    (prefill, l.tokens as f64 / start.elapsed().as_secs_f64())
 }
 
 #[cfg(feature = "ggml")]
-fn theirs(path: &Path, threads: usize, repack: bool, l: &Load) -> impl FnMut() -> Speed {
-    use benches::ggml::{Llama, LlamaOptions};
-    let context = (l.depth.len() + l.prompt.len() + l.tokens).next_multiple_of(256) as u32;
-    let mut llama = Llama::open(path, &LlamaOptions { context, threads: threads as i32, repack, kv_f32: false });
-    let (prompt, depth, tokens) = (l.prompt.clone(), l.depth.clone(), l.tokens);
-    move || {
-        llama.clear();
-        if !depth.is_empty() {
-            llama.decode(&depth, 0, false);
-        }
-        let start = Instant::now();
-        llama.decode(&prompt, depth.len(), false);
-        let prefill = prompt.len() as f64 / start.elapsed().as_secs_f64();
-        let start = Instant::now();
-        for i in 0..tokens {
-            llama.decode(&[i as u32 % 100], depth.len() + prompt.len() + i, false);
-        }
-        (prefill, tokens as f64 / start.elapsed().as_secs_f64())
+struct Theirs {
+    name: &'static str,
+    llama: benches::ggml::Llama,
+}
+
+#[cfg(feature = "ggml")]
+impl Contestant for Theirs {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn feed(&mut self, tokens: &[u32], at: usize) {
+        self.llama.truncate(at);
+        self.llama.decode(tokens, at, false);
     }
 }
 
-fn show(name: &str, speeds: &[Speed]) -> Speed {
-    let m = (median(speeds.iter().map(|s| s.0).collect()), median(speeds.iter().map(|s| s.1).collect()));
-    println!("  {name:<24} prefill {:>8.2}  decode {:>7.2} tok/s", m.0, m.1);
-    m
+#[cfg(feature = "ggml")]
+fn peers(path: &std::path::Path, threads: usize, l: &Load) -> Vec<Box<dyn Contestant>> {
+    use benches::ggml::{Llama, LlamaOptions};
+    let kv = match l.kv {
+        KvType::F32 => 0,
+        KvType::F16 => 1,
+        KvType::Q4_0 => 2,
+        KvType::Q8_0 => 8,
+    };
+    let context = l.context().next_multiple_of(256) as u32;
+    let which = argument("--peers", "both");
+    let paths = [("llama.cpp default", true), ("llama.cpp no repack", false)];
+    let wanted = paths.into_iter().filter(|(_, repack)| which == "both" || (which == "plain" && !repack));
+    wanted
+        .map(|(name, repack)| {
+            let llama = Llama::open(path, &LlamaOptions { context, threads: threads as i32, repack, kv });
+            Box::new(Theirs { name, llama }) as Box<dyn Contestant>
+        })
+        .collect()
+}
+
+#[cfg(not(feature = "ggml"))]
+fn peers(_: &std::path::Path, _: usize, _: &Load) -> Vec<Box<dyn Contestant>> {
+    Vec::new()
+}
+
+/// Tokens per second, run by run.
+#[derive(Default)]
+struct Speeds {
+    fill: f64,
+    prefill: Vec<f64>,
+    decode: Vec<f64>,
+}
+
+fn measure(c: &mut dyn Contestant, l: &Load, into: &mut Speeds) {
+    let start = Instant::now();
+    c.feed(&l.prompt, l.depth.len());
+    into.prefill.push(l.prompt.len() as f64 / start.elapsed().as_secs_f64());
+    let at = l.depth.len() + l.prompt.len();
+    let start = Instant::now();
+    for i in 0..l.tokens {
+        c.feed(&[i as u32 % 100], at + i);
+    }
+    into.decode.push(l.tokens as f64 / start.elapsed().as_secs_f64());
+}
+
+/// Median of what each run's speed is of the ceiling measured beside it.
+fn share(speeds: &[f64], ceilings: impl Iterator<Item = f64>, cost: f64) -> f64 {
+    median(speeds.iter().zip(ceilings).map(|(s, c)| s * cost / c).collect())
 }
 
 fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
     let path = synth(shape, kind);
     let model = Model::open(&path).expect("open");
+    let cache = KvCache::new(model.hparams(), l.context(), l.kv).expect("cache");
+    let mut all: Vec<Box<dyn Contestant>> = vec![Box::new(Ours { pool, cache, decoder: Decoder::new(&model) })];
+    all.extend(peers(&path, pool.n_threads(), l));
+    let mut speeds: Vec<Speeds> = all.iter().map(|_| Speeds::default()).collect();
+    for (c, s) in all.iter_mut().zip(&mut speeds) {
+        // Once unmeasured: pages come in.
+        c.feed(&l.prompt[..l.prompt.len().min(32)], 0);
+        if !l.depth.is_empty() {
+            let start = Instant::now();
+            c.feed(&l.depth, 0);
+            s.fill = l.depth.len() as f64 / start.elapsed().as_secs_f64();
+        }
+    }
+    let mut peaks = Vec::new();
+    for _ in 0..l.reps {
+        peaks.push(ceiling::measure(pool));
+        for (c, s) in all.iter_mut().zip(&mut speeds) {
+            measure(c.as_mut(), l, s);
+        }
+    }
+    // Threads, prompt and so on are columns of each row: a file holds runs of many kinds.
     println!(
-        "{shape} {kind}, {} threads, prompt {}, generate {}, depth {}, {} runs each",
+        "{shape} {kind}, {} threads, {}, prompt {}, generate {}, depth {} ({} KV), {} runs",
         pool.n_threads(),
+        kernels::isa::selected(),
         l.prompt.len(),
         l.tokens,
         l.depth.len(),
+        l.kv.name(),
         l.reps
     );
-    #[cfg(feature = "ggml")]
-    let mut peers = [theirs(&path, pool.n_threads(), true, l), theirs(&path, pool.n_threads(), false, l)];
-    let (mut own, mut default, mut plain) = (Vec::new(), Vec::new(), Vec::new());
-    // Once unmeasured each, then in turn.
-    for rep in 0..=l.reps {
-        let a = ours(&model, pool, l);
-        #[cfg(feature = "ggml")]
-        let (b, c) = (peers[0](), peers[1]());
-        #[cfg(not(feature = "ggml"))]
-        let (b, c) = (a, a);
-        if rep > 0 {
-            own.push(a);
-            default.push(b);
-            plain.push(c);
+    let ops = 2.0 * model.macs_per_prompt_token();
+    let bytes = model.bytes_per_generated_token(l.kv, (l.depth.len() + l.prompt.len()) as f64 + l.tokens as f64 / 2.0);
+    let mut medians = Vec::new();
+    for (c, s) in all.iter().zip(&speeds) {
+        let (prefill, decode) = (median(s.prefill.clone()), median(s.decode.clone()));
+        let of_ops = share(&s.prefill, peaks.iter().map(|p| p.int8_ops), ops);
+        let of_read = share(&s.decode, peaks.iter().map(|p| p.read_bytes), bytes);
+        println!(
+            "  {:<20} prefill {prefill:>7.1} tok/s ({:>5.0} GOP/s, {:>3.0} %)  decode {decode:>6.2} tok/s ({:>5.1} GB/s, {:>3.0} %)  fill {:>6.1} tok/s",
+            c.name(),
+            prefill * ops / 1e9,
+            of_ops * 100.0,
+            decode * bytes / 1e9,
+            of_read * 100.0,
+            s.fill
+        );
+        if !is_test_run() {
+            let run = format!(
+                "{shape},{kind},{},{},{},{},{},{}",
+                pool.n_threads(),
+                kernels::isa::selected(),
+                l.kv.name(),
+                l.depth.len(),
+                l.prompt.len(),
+                l.tokens
+            );
+            let row = format!(
+                "{run},{},{},{prefill:.2},{:.1},{of_ops:.3},{decode:.3},{:.2},{of_read:.3},{:.2}",
+                l.reps,
+                c.name(),
+                prefill * ops / 1e9,
+                decode * bytes / 1e9,
+                s.fill
+            );
+            runs::append("models", runs::MODELS, &row);
         }
+        medians.push((prefill, decode, s.fill));
     }
-    let a = show("gristmill", &own);
-    if cfg!(feature = "ggml") {
-        let (b, c) = (show("llama.cpp default", &default), show("llama.cpp no repack", &plain));
-        println!("  ratio to the better: prefill {:.2}, decode {:.2}", a.0 / b.0.max(c.0), a.1 / b.1.max(c.1));
+    let better = |f: fn(&(f64, f64, f64)) -> f64| f(&medians[0]) / medians[1..].iter().map(f).fold(0.0, f64::max);
+    if medians.len() > 1 {
+        println!(
+            "  ratio to the better: prefill {:.2}, decode {:.2}{}",
+            better(|m| m.0),
+            better(|m| m.1),
+            if l.depth.is_empty() { String::new() } else { format!(", fill {:.2}", better(|m| m.2)) }
+        );
     }
 }
 
@@ -103,9 +206,10 @@ fn main() {
     let number = |name, default: &str, small: usize| if test { small } else { argument(name, default).parse().expect("a number") };
     let l = Load {
         prompt: (0..number("--prompt", "512", 8) as u32).map(|i| i * 37 % 100).collect(),
-        tokens: number("--tokens", "64", 2),
+        tokens: number("--tokens", "128", 2),
         depth: (0..number("--depth", "0", 0) as u32).map(|i| i * 31 % 100).collect(),
         reps: number("--reps", "5", 1),
+        kv: KvType::by_name(&argument("--kv", "f16")).expect("a KV type"),
     };
     let pool = Pool::new(number("--threads", "0", 0));
     let (shape, types) = if test {

@@ -1,11 +1,13 @@
-//! Converting a sharded bf16 checkpoint to Q4_K_M, beside llama-quantize from an F16 GGUF of the same weights.
+//! Converting a sharded bf16 checkpoint, beside llama-quantize from an F16 GGUF of the same
+//! weights, and beside a copy: the same bytes read, as many written, synced. Also into `benches/runs/`.
 //!
-//! `cargo bench -p benches --features ggml --bench quantize -- --shape 1b --type Q4_K_M --reps 3`
+//! `cargo bench -p benches --features ggml --bench quantize -- --shape 1b --types Q4_K_M,Q8_0 --reps 3`
 
-use benches::{argument, is_test_run, median};
+use benches::{argument, is_test_run, median, runs};
 use quant::convert::Silent;
 use quant::synth::{Random, Shape};
 use safetensors::tensor::{Dtype, TensorView};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -57,17 +59,43 @@ fn checkpoint(shape: &Shape, folder: &Path) {
     std::fs::write(folder.join("model.safetensors.index.json"), serde_json::json!({"weight_map": map}).to_string()).expect("index");
 }
 
+/// Reads every shard and writes a share of it, `bytes` in all.
+fn copy(source: &Path, out: &Path, bytes: u64) -> f64 {
+    let start = Instant::now();
+    let shards = std::fs::read_dir(source).expect("folder").map(|f| f.expect("entry").path());
+    let shards: Vec<PathBuf> = shards.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+    let all: u64 = shards.iter().map(|p| p.metadata().expect("a shard").len()).sum();
+    let mut target = std::fs::File::create(out).expect("create");
+    let mut buffer = vec![0; 8 << 20];
+    for shard in shards {
+        let mut file = std::fs::File::open(shard).expect("open");
+        loop {
+            let n = file.read(&mut buffer).expect("read");
+            if n == 0 {
+                break;
+            }
+            target.write_all(&buffer[..(n as u64 * bytes / all) as usize]).expect("write");
+        }
+    }
+    target.sync_all().expect("sync");
+    start.elapsed().as_secs_f64()
+}
+
 fn main() {
     let test = is_test_run();
+    let kinds = if test { "Q4_K_M".into() } else { argument("--types", "Q4_K_M,Q5_K_M,Q4_0,Q8_0") };
+    kinds.split(',').for_each(|kind| bench_type(kind, test));
+}
+
+fn bench_type(kind: &str, test: bool) {
     let name = if test { "tiny".into() } else { argument("--shape", "1b") };
-    let kind = if test { "Q4_K_M".into() } else { argument("--type", "Q4_K_M") };
     let reps: usize = if test { 1 } else { argument("--reps", "3").parse().expect("a number") };
     let threads: usize = if test { 2 } else { argument("--threads", "2").parse().expect("a number") };
     let folder = std::env::var_os("GRIST_BENCH_DIR").map_or_else(|| std::env::temp_dir().join("gristmill-bench"), PathBuf::from);
     let shape = quant::synth::by_name(&name).expect("known shape");
     let source = folder.join(format!("{name}-hf"));
     checkpoint(shape, &source);
-    let mix = quant::mix::by_name(&kind).expect("known type");
+    let mix = quant::mix::by_name(kind).expect("known type");
     let plan = quant::plan(&source, &quant::ConvertOptions::new(mix)).expect("plan");
     let weights = plan.total_weights() as f64;
     let out = folder.join("ours.gguf");
@@ -90,18 +118,24 @@ fn main() {
             start.elapsed().as_secs_f64()
         }
     };
-    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let (mut a, mut b, mut c) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..reps {
         a.push(ours());
+        let bytes = std::fs::metadata(&out).expect("written").len();
+        c.push(copy(&source, &folder.join("copy.bin"), bytes));
         #[cfg(feature = "ggml")]
         b.push(theirs());
         #[cfg(not(feature = "ggml"))]
         b.push(f64::NAN);
     }
-    let (a, b) = (median(a), median(b));
+    let (a, b, c) = (median(a), median(b), median(c));
     println!(
-        "{name} {kind}, {threads} threads: gristmill {a:.1} s ({:.1} M weights/s/thread), llama-quantize {b:.1} s, {:.2} times as fast",
+        "{name} {kind}, {threads} threads: gristmill {a:.1} s ({:.1} M weights/s/thread), llama-quantize {b:.1} s, {:.2} times as fast; a copy {c:.1} s, {:.0} % of its speed",
         weights / a / threads as f64 / 1e6,
-        b / a
+        b / a,
+        100.0 * c / a
     );
+    if !test {
+        runs::append("quantize", runs::QUANTIZE, &format!("{name},{kind},{threads},{reps},{a:.2},{b:.2},{c:.2}"));
+    }
 }

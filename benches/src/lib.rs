@@ -4,6 +4,8 @@
 #[path = "../../tests/src/ggml.rs"]
 pub mod ggml;
 
+pub mod runs;
+
 use std::path::PathBuf;
 
 pub fn median(mut v: Vec<f64>) -> f64 {

@@ -32,6 +32,8 @@ pub(crate) use each;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512vnni;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
 pub mod scalar;
 
 use crate::error::{Error, Result};
@@ -68,8 +70,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_quarters(self, v: [&[u8; 16]; 4]) -> Self::Bytes;
     /// `x` in each byte.
     fn splat_u8(self, x: u8) -> Self::Bytes;
-    /// `v` in the low half; each byte's bits 2 to 7, moved down by two, in the high half (its bits 6 and 7 undefined).
-    fn with_shifted_by_2(self, v: &[u8; 32]) -> Self::Bytes;
+    /// `v` in the low half; each byte moved down by BY bits in the high half (its top BY bits undefined).
+    fn with_shifted<const BY: i32>(self, v: &[u8; 32]) -> Self::Bytes;
     /// `v & 15` in each byte.
     fn low_nibbles(self, v: Self::Bytes) -> Self::Bytes;
     /// `v >> 4` in each byte.
@@ -120,8 +122,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// What `dot_biased` wants added to each signed weight: 128 or 0.
     const SIGNED_BIAS: i32;
-    /// Registers enough for a tile of 2 × 16 rows and 6 tokens; else 16 rows and 3.
-    const WIDE_TILE: bool;
+    /// The largest tile whose sums stay in registers.
+    const TILE: TileShape;
     /// 16 dwords of each of 16 rows: out\[j\]\[r\] is dword j of row r.
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16];
     fn load_lanes(self, v: &Lanes) -> Self::Bytes;
@@ -137,6 +139,28 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_pairs(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
     /// A sub-block's signed 16-bit scale as `scaled_dots` wants it.
     fn panel_scale(self, scale: i32) -> u32;
+    /// Puts a slab's unpacked quants in the order that `dots` reads.
+    #[inline(always)]
+    fn arrange(self, _q: &mut [Lanes]) {}
+    /// p\[r\]\[t\] += Σ over steps w\[r\]\[step\] · x\[step\]\[tokens + t\]; weights as of `dot_biased` if `BIASED`, else of `dot_unsigned`.
+    #[inline(always)]
+    fn dots<const R: usize, const T: usize, const BIASED: bool>(
+        self,
+        p: &mut [[Self::Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+    ) {
+        for (step, x) in x.iter().enumerate() {
+            let w: [Self::Bytes; R] = each!(R, |r| self.load_lanes(&w[r][step]));
+            for t in 0..T {
+                let x = self.splat_4(x[tokens + t]);
+                for r in 0..R {
+                    p[r][t] = if BIASED { self.dot_biased(p[r][t], w[r], x) } else { self.dot_unsigned(p[r][t], w[r], x) };
+                }
+            }
+        }
+    }
     /// acc\[r\]\[t\] += scale\[r\] · (init\[t\] + Σ over steps w\[r\]\[step\] · x\[step\]\[t\]).
     ///
     /// Weights are 0..=MAX; no `init` means zeros. If `NARROW`, each factor of scale fits in 16 bits signed.
@@ -153,6 +177,14 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn prefetch(self, from: &[u8], ahead: usize);
 }
 
+/// Rows (by 16) × tokens of a prefill tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TileShape {
+    TwoBySix,
+    OneBySix,
+    OneByThree,
+}
+
 /// Tokens whose activations lie interleaved in a panel.
 pub const GROUP: usize = 6;
 /// A dword (four quants, or one scale) for each of 16 rows.
@@ -160,6 +192,21 @@ pub type Lanes = [u32; 16];
 /// Four consecutive activations of each token of a group.
 pub type TokenDwords = [[i8; 4]; GROUP];
 pub type TokenInts = [i32; GROUP];
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! detected {
+    ($feature:tt) => {
+        std::arch::is_x86_feature_detected!($feature)
+    };
+}
+#[cfg(target_arch = "aarch64")]
+macro_rules! detected {
+    ($feature:tt) => {
+        std::arch::is_aarch64_feature_detected!($feature)
+    };
+}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use detected;
 
 /// Declares an ISA row: token, CPU check and `vectorize`, from one feature list.
 macro_rules! isa_token {
@@ -172,7 +219,7 @@ macro_rules! isa_token {
             pub const FEATURES: &'static str = concat!($($feature, " "),*);
 
             fn check() -> Option<Self> {
-                let all = true $(&& std::arch::is_x86_feature_detected!($feature))*;
+                let all = true $(&& $crate::isa::detected!($feature))*;
                 all.then_some($name(()))
             }
 
@@ -187,7 +234,7 @@ macro_rules! isa_token {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use isa_token;
 
 /// Calls `$m!` with every ISA of this target, best first.
@@ -200,7 +247,16 @@ macro_rules! isa_rows {
 }
 
 /// Calls `$m!` with every ISA of this target, best first.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+#[macro_export]
+macro_rules! isa_rows {
+    ($m:ident) => {
+        $m! { $crate::isa::neon::I8mm, $crate::isa::neon::Dotprod, $crate::isa::neon::Neon, $crate::isa::scalar::Scalar }
+    };
+}
+
+/// Calls `$m!` with every ISA of this target, best first.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 #[macro_export]
 macro_rules! isa_rows {
     ($m:ident) => {

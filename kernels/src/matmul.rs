@@ -11,6 +11,8 @@ mod any_block;
 mod iq4;
 mod legacy;
 pub mod panel;
+mod q2_k;
+mod q3_k;
 mod q4_k;
 mod q5_k;
 mod q6_k;
@@ -144,6 +146,8 @@ fn fast_rows<I: Isa>(isa: I, out: &mut Vec<Box<dyn MatmulKernel>>) {
     out.push(row::<I, legacy::Q5_0>(isa, &blocks::Q5_0));
     out.push(row::<I, legacy::Q5_1>(isa, &blocks::Q5_1));
     out.push(row::<I, legacy::Q8_0>(isa, &blocks::Q8_0));
+    out.push(row::<I, q2_k::Dot>(isa, &blocks::Q2_K));
+    out.push(row::<I, q3_k::Dot>(isa, &blocks::Q3_K));
     out.push(row::<I, q4_k::Dot>(isa, &blocks::Q4_K));
     out.push(row::<I, q5_k::Dot>(isa, &blocks::Q5_K));
     out.push(row::<I, q6_k::Dot>(isa, &blocks::Q6_K));

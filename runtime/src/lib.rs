@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chat_template;
+mod cost;
 mod decoder;
 mod error;
 mod kv_cache;

@@ -41,6 +41,8 @@ pub struct Options {
     pub context: usize,
     /// 0: all.
     pub max_windows: usize,
+    /// Of the model; the reference keeps f16.
+    pub kv: KvType,
 }
 
 /// ln p of each token, from logits in place.
@@ -86,8 +88,8 @@ struct Runner<'m> {
 }
 
 impl<'m> Runner<'m> {
-    fn new(model: &'m Model, context: usize) -> Result<Self> {
-        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context, KvType::F16)? })
+    fn new(model: &'m Model, context: usize, kv: KvType) -> Result<Self> {
+        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context, kv)? })
     }
 
     /// Log-probabilities at positions `first..` of the window.
@@ -130,8 +132,8 @@ pub fn run(
         (n, 0) => n,
         (n, max) => n.min(max),
     };
-    let mut run = Runner::new(model, ctx)?;
-    let mut reference = reference.map(|r| Runner::new(r, ctx)).transpose()?;
+    let mut run = Runner::new(model, ctx, options.kv)?;
+    let mut reference = reference.map(|r| Runner::new(r, ctx, KvType::F16)).transpose()?;
     let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());
     let mut divergences = Vec::new();
     let mut same_top = 0usize;

@@ -58,15 +58,15 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// `context` of 0 takes the model's own length, at most 4096 unless asked for more.
-    pub fn new(model: &'m Model, context: usize) -> Result<Session<'m>> {
+    /// `context` of 0 takes the model's own length, at most 4096 unless asked for more; `kv` is how the cache is stored.
+    pub fn new(model: &'m Model, context: usize, kv: KvType) -> Result<Session<'m>> {
         let own = model.hparams().context_length as usize;
         let context = if context == 0 { own.min(4096) } else { context };
         if context > own && model.hparams().rope_scaling == gguf::RopeScaling::None && context > 4 * own {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let cache = KvCache::new(model.hparams(), context, KvType::F16)?;
+        let cache = KvCache::new(model.hparams(), context, kv)?;
         Ok(Session { decoder: Decoder::new(model), cache, history: Vec::new(), prefetch: Prefetch::start(model) })
     }
 

@@ -105,8 +105,8 @@ pub struct LlamaOptions {
     pub threads: i32,
     /// llama.cpp's load-time repacking into its own layouts.
     pub repack: bool,
-    /// f32 instead of f16 KV.
-    pub kv_f32: bool,
+    /// ggml's type of the cache: 0 F32, 1 F16, 8 Q8_0.
+    pub kv: u32,
 }
 
 impl Llama {
@@ -124,10 +124,8 @@ impl Llama {
             c.n_batch = o.context.max(512);
             c.n_threads = o.threads;
             c.n_threads_batch = o.threads;
-            if o.kv_f32 {
-                c.type_k = 0;
-                c.type_v = 0;
-            }
+            c.type_k = o.kv as _;
+            c.type_v = o.kv as _;
             let context = sys::llama_init_from_model(model, c);
             assert!(!context.is_null(), "llama.cpp cannot make a context");
             let vocab = sys::llama_vocab_n_tokens(sys::llama_model_get_vocab(model)) as usize;
@@ -138,6 +136,12 @@ impl Llama {
     pub fn clear(&mut self) {
         // SAFETY: the context is valid until Drop.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.context), false) };
+    }
+
+    /// Forgets all positions from `first` on.
+    pub fn truncate(&mut self, first: usize) {
+        // SAFETY: the context is valid until Drop.
+        unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.context), 0, first as i32, -1) };
     }
 
     /// Appends tokens from position `first`; returns logits of all tokens if `all`, else of the last.

@@ -135,7 +135,7 @@ fn whole_models_agree_with_llama_cpp() {
         let ids = &ids[..256];
         let ours = our_logits(&path, ids, KvType::F16);
         for repack in [false, true] {
-            let mut llama = Llama::open(&path, &LlamaOptions { context: 512, threads: 2, repack, kv_f32: false });
+            let mut llama = Llama::open(&path, &LlamaOptions { context: 512, threads: 2, repack, kv: 1 });
             let theirs = llama.decode(ids, 0, true);
             let e = relative_rms(&ours, &theirs);
             println!("{kind} repack {repack}: {e:.5}");
@@ -152,7 +152,7 @@ fn llama_cpp_opens_every_fixture() {
         let path = convert(&fixture(&name), "F32", &folder);
         let ids: Vec<u32> = (0..64u32).map(|i| (i * 37 + 5) % 512).collect();
         let ours = our_logits(&path, &ids, KvType::F32);
-        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, kv_f32: true });
+        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, kv: 0 });
         let e = relative_rms(&ours, &llama.decode(&ids, 0, true));
         println!("{name}: {e:.2e}");
         assert!(e < 1e-3, "{name}: logits {e} apart");

@@ -1,6 +1,6 @@
 //! Every kernel row that this CPU can run against the slow truth, over awkward shapes.
 
-use kernels::matmul::{Job, Matmul, reference, run_group};
+use kernels::matmul::{Job, Matmul, MatmulKernel, reference, run_group};
 use kernels::{Activations, Pool};
 
 /// Rows, columns in blocks, tokens.
@@ -17,7 +17,7 @@ const SHAPES: [(usize, usize, usize); 12] = [
     (1, 1, 8),
     (65, 11, 13),
     (32, 2, 22),
-    (100, 8, 530),
+    (33, 2, 520),
 ];
 
 /// Bytes of a random matrix: encoded where there is an encoder, random with small scales elsewhere.
@@ -43,6 +43,54 @@ fn random_matrix(block: &gguf::BlockType, rows: usize, cols: usize, seed: u64) -
     bytes
 }
 
+fn agrees(pool: &Pool, kernel: &'static dyn MatmulKernel, weights: &[u8], (rows, cols): (usize, usize), x: &[f32]) {
+    let tokens = x.len() / cols;
+    let mut acts = Activations::new(kernel.activation());
+    acts.quantize(pool, x, cols);
+    let plan = Matmul::with_kernel(kernel, rows, cols).unwrap();
+    plan.check(weights).unwrap();
+    let mut out = vec![f32::NAN; tokens * rows];
+    run_group(pool, &mut [Job { plan, weights, out: &mut out }], &acts);
+    let (want, scale) = reference::matmul(kernel.block(), weights, rows, &acts);
+    for (j, ((got, want), scale)) in out.iter().zip(&want).zip(&scale).enumerate() {
+        let error = (f64::from(*got) - want).abs();
+        assert!(
+            error <= f64::from(kernel.tolerance()) * scale + 1e-30,
+            "{} {rows}×{cols}×{tokens} [{j}]: {got} instead of {want}",
+            kernel.name()
+        );
+    }
+}
+
+/// Activations and weights whose sums are as large as they can be: the narrow way of applying scales must step aside.
+#[test]
+fn the_largest_sums_do_not_overflow() {
+    let pool = Pool::new(2);
+    for kernel in kernels::table() {
+        let block = kernel.block();
+        let (rows, cols) = (19, 512);
+        let mut weights = random_matrix(block, rows, cols, 3);
+        if block.block_len == 256 {
+            // All quants (and scales) ones; the f16s stay what they were.
+            let whole: &[usize] = match block.block_bytes {
+                84 => &[80, 81, 82, 83],
+                110 => &[108, 109],
+                136 => &[0, 1],
+                144 | 176 => &[0, 1, 2, 3],
+                _ => &[208, 209],
+            };
+            for b in weights.chunks_exact_mut(block.block_bytes) {
+                b.iter_mut().enumerate().filter(|(i, _)| !whole.contains(i)).for_each(|(_, v)| *v = 0xff);
+            }
+        }
+        for tokens in [1, 13] {
+            for x in [1.0, -1.0] {
+                agrees(&pool, &**kernel, &weights, (rows, cols), &vec![x; tokens * cols]);
+            }
+        }
+    }
+}
+
 #[test]
 fn every_row_agrees_with_the_reference() {
     let pool = Pool::new(3);
@@ -54,21 +102,7 @@ fn every_row_agrees_with_the_reference() {
             let cols = if block.block_len == 1 { blocks * 19 + 3 } else { blocks * block.block_len };
             let weights = random_matrix(block, rows, cols, i as u64);
             let x = tests::weights(tokens * cols, 99 + i as u64, 11);
-            let mut acts = Activations::new(kernel.activation());
-            acts.quantize(&pool, &x, cols);
-            let plan = Matmul::with_kernel(&**kernel, rows, cols).unwrap();
-            plan.check(&weights).unwrap();
-            let mut out = vec![f32::NAN; tokens * rows];
-            run_group(&pool, &mut [Job { plan, weights: &weights, out: &mut out }], &acts);
-            let (want, scale) = reference::matmul(block, &weights, rows, &acts);
-            for (j, ((got, want), scale)) in out.iter().zip(&want).zip(&scale).enumerate() {
-                let error = (f64::from(*got) - want).abs();
-                assert!(
-                    error <= f64::from(kernel.tolerance()) * scale + 1e-30,
-                    "{} {rows}×{cols}×{tokens} [{j}]: {got} instead of {want}",
-                    kernel.name()
-                );
-            }
+            agrees(&pool, &**kernel, &weights, (rows, cols), &x);
             checked += 1;
         }
     }
@@ -160,5 +194,63 @@ fn attention_agrees_with_the_definition() {
                 }
             }
         }
+    }
+}
+
+/// Stored as f16, q8_0 or q4_0, the cache reads as the values it then stands for.
+#[test]
+fn attention_reads_every_cache_type() {
+    use kernels::attention::{Attention, KV_BLOCK, KvView, Partials};
+    let pool = Pool::new(2);
+    let (kv_heads, group, dim, n) = (2, 4, 64, 70);
+    let q = tests::weights(n * kv_heads * group * dim, 1, 7);
+    let k = tests::weights(kv_heads * n * dim, 2, 7);
+    let v = tests::weights(kv_heads * n * dim, 3, 7);
+    let run = |k: KvView, v: KvView, first: usize| {
+        let mut out = vec![f32::NAN; (n - first) * kv_heads * group * dim];
+        let (n_tokens, q) = (n - first, &q[first * kv_heads * group * dim..]);
+        let a = Attention {
+            n_kv_heads: kv_heads,
+            group,
+            key_dim: dim,
+            value_dim: dim,
+            n_tokens,
+            first_pos: first,
+            window: usize::MAX,
+            scale: 0.3,
+            q,
+            k,
+            v,
+            capacity: n,
+        };
+        a.run(&pool, &mut Partials::default(), &mut out);
+        out
+    };
+    let halves = |x: &[f32]| x.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect::<Vec<u16>>();
+    // Any quants and scales will do: what is tested is how they are read.
+    let scales = |x: &[f32]| halves(&x.iter().step_by(KV_BLOCK).map(|v| v / 9.0).collect::<Vec<_>>());
+    let bytes = |x: &[f32]| x.iter().map(|v| v.to_bits() as u8).collect::<Vec<u8>>();
+    let float = |bits: u16| half::f16::from_bits(bits).to_f32();
+    let of_q8 = |q: &[i8], d: &[u16]| q.iter().enumerate().map(|(i, q)| f32::from(*q) * float(d[i / KV_BLOCK])).collect::<Vec<_>>();
+    let of_q4 = |q: &[u8], d: &[u16]| {
+        let nibble = |i: usize| {
+            let (block, j) = (i / KV_BLOCK, i % KV_BLOCK);
+            q[16 * block + j % 16] >> (j / 16 * 4) & 15
+        };
+        (0..2 * q.len()).map(|i| f32::from(nibble(i) as i8 - 8) * float(d[i / KV_BLOCK])).collect::<Vec<_>>()
+    };
+    let (kh, vh) = (halves(&k), halves(&v));
+    let (kd, vd) = (scales(&k), scales(&v));
+    let signed = |x: &[f32]| bytes(x).iter().map(|b| *b as i8).collect::<Vec<_>>();
+    let (k8, v8) = (signed(&k), signed(&v));
+    let (k4, v4) = (bytes(&k[..k.len() / 2]), bytes(&v[..v.len() / 2]));
+    let floats = |x: &[u16]| x.iter().map(|&b| float(b)).collect::<Vec<_>>();
+    for first in [0, n - 1] {
+        let want = run(KvView::F32(&floats(&kh)), KvView::F32(&floats(&vh)), first);
+        assert_eq!(run(KvView::F16(&kh), KvView::F16(&vh), first), want, "f16");
+        let want = run(KvView::F32(&of_q8(&k8, &kd)), KvView::F32(&of_q8(&v8, &vd)), first);
+        assert_eq!(run(KvView::Q8 { q: &k8, d: &kd }, KvView::Q8 { q: &v8, d: &vd }, first), want, "q8_0");
+        let want = run(KvView::F32(&of_q4(&k4, &kd)), KvView::F32(&of_q4(&v4, &vd)), first);
+        assert_eq!(run(KvView::Q4 { q: &k4, d: &kd }, KvView::Q4 { q: &v4, d: &vd }, first), want, "q4_0");
     }
 }

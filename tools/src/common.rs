@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quant::convert::Progress;
-use runtime::Model;
+use runtime::{KvType, Model};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -51,6 +51,11 @@ pub fn parse_size(s: &str) -> std::result::Result<u64, String> {
         return Err(format!("'{s}' is out of range"));
     }
     Ok(bytes as u64)
+}
+
+/// A KV cache type by name.
+pub fn parse_kv(s: &str) -> std::result::Result<KvType, String> {
+    KvType::by_name(s).ok_or_else(|| format!("'{s}' is unknown; use f16, q8_0 or q4_0 (f32 for parity checks)"))
 }
 
 pub fn show_bytes(n: u64) -> String {

@@ -13,7 +13,7 @@
 //! see a tile are neighbours.
 
 use super::Attention;
-use crate::isa::{Isa, each};
+use crate::isa::{Isa, TileShape, each};
 use crate::threads::Tile;
 use crate::vecmath::exp;
 use std::cell::RefCell;
@@ -86,7 +86,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
         for r in (from..to).step_by(ROWS) {
             let q = &s.q[r * kd..(r + ROWS) * kd];
             let scores = &mut s.s[r * TILE..(r + ROWS) * TILE];
-            if I::WIDE_TILE {
+            if I::TILE == TileShape::TwoBySix {
                 score::<I, 4, ROWS>(isa, q, kd, &s.k_turned, scores);
             } else {
                 score::<I, 1, 3>(isa, q, kd, &s.k_turned, scores);
@@ -104,7 +104,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
             let p = &s.s[r * TILE..(r + ROWS) * TILE];
             let o = &mut s.o[r * vd..(r + ROWS) * vd];
             let keep = &s.keep[r..r + ROWS];
-            if I::WIDE_TILE {
+            if I::TILE == TileShape::TwoBySix {
                 accumulate::<I, 4, ROWS>(isa, p, keep, &s.v, m, vd, o);
             } else {
                 accumulate::<I, 1, 3>(isa, p, keep, &s.v, m, vd, o);

@@ -4,7 +4,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TokenDwords, TokenInts, isa_token};
+use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
 use std::arch::x86_64::*;
 
 isa_token!(Avx2, ["avx2", "fma", "f16c"]);
@@ -58,11 +58,11 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn with_shifted_by_2(self, v: &[u8; 32]) -> Pair {
+    fn with_shifted<const BY: i32>(self, v: &[u8; 32]) -> Pair {
         // SAFETY: AVX2, by the token; 32 readable bytes, by the type.
         unsafe {
             let v = _mm256_loadu_si256(v.as_ptr().cast());
-            [v, _mm256_srli_epi16::<2>(v)]
+            [v, _mm256_srli_epi16::<BY>(v)]
         }
     }
 
@@ -336,7 +336,7 @@ impl Isa for Avx2 {
     }
 
     const SIGNED_BIAS: i32 = 0;
-    const WIDE_TILE: bool = false;
+    const TILE: TileShape = TileShape::OneByThree;
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {

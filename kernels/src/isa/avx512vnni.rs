@@ -4,7 +4,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TokenDwords, TokenInts, isa_token};
+use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -59,11 +59,11 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn with_shifted_by_2(self, v: &[u8; 32]) -> __m512i {
+    fn with_shifted<const BY: i32>(self, v: &[u8; 32]) -> __m512i {
         // SAFETY: AVX-512F, by the token; 32 readable bytes, by the type.
         unsafe {
             let v = _mm256_loadu_si256(v.as_ptr().cast());
-            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(v), _mm256_srli_epi16::<2>(v))
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(v), _mm256_srli_epi16::<BY>(v))
         }
     }
 
@@ -317,7 +317,7 @@ impl Isa for Avx512Vnni {
     }
 
     const SIGNED_BIAS: i32 = 128;
-    const WIDE_TILE: bool = true;
+    const TILE: TileShape = TileShape::TwoBySix;
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {

@@ -1,7 +1,7 @@
 //! The scalar row: plain arrays, no intrinsics. It runs everywhere, and it is
 //! the vocabulary's definition: the other rows are tested against it.
 
-use super::{Isa, Lanes, Op, TokenDwords, TokenInts};
+use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Scalar;
@@ -40,8 +40,8 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn with_shifted_by_2(self, v: &[u8; 32]) -> [u8; 64] {
-        std::array::from_fn(|i| if i < 32 { v[i] } else { v[i - 32] >> 2 })
+    fn with_shifted<const BY: i32>(self, v: &[u8; 32]) -> [u8; 64] {
+        std::array::from_fn(|i| if i < 32 { v[i] } else { v[i - 32] >> BY })
     }
 
     #[inline(always)]
@@ -208,7 +208,7 @@ impl Isa for Scalar {
     }
 
     const SIGNED_BIAS: i32 = 0;
-    const WIDE_TILE: bool = false;
+    const TILE: TileShape = TileShape::OneByThree;
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {

@@ -21,7 +21,7 @@ pub mod floats;
 pub mod integer_scales;
 
 use super::activation::Activations;
-use crate::isa::{GROUP, Isa, Lanes, TokenDwords, TokenInts, each};
+use crate::isa::{GROUP, Isa, Lanes, TileShape, TokenDwords, TokenInts, each};
 use crate::threads::Tile;
 use gguf::blocks::Codec;
 use std::cell::RefCell;
@@ -90,6 +90,10 @@ pub trait PanelWeights: Send + Sync + 'static {
 pub trait Panel: Sized {
     const EMPTY: Self;
 
+    /// Puts what was unpacked in the order that `multiply` reads.
+    #[inline(always)]
+    fn arrange<I: Isa>(&mut self, _isa: I) {}
+
     /// C (R × GROUP rows of 16 lanes), its tokens `at.tokens..at.tokens + T`,
     /// += panels · activations; replaces it in the first slab.
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
@@ -130,10 +134,10 @@ pub const ROWS: usize = 2 * LANES;
 /// Fills `tile` (tokens × rows; the first token is a multiple of GROUP) from `weights`.
 #[inline(always)]
 pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
-    if I::WIDE_TILE {
-        run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile);
-    } else {
-        run_tiles::<I, W, 1, 3, 1>(isa, weights, row_bytes, acts, tile);
+    match I::TILE {
+        TileShape::TwoBySix => run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneBySix => run_tiles::<I, W, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneByThree => run_tiles::<I, W, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
     }
 }
 
@@ -157,6 +161,7 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
         for slab in 0..row_bytes.div_ceil(slab_bytes) {
             for (r, panel) in panels.iter_mut().enumerate() {
                 unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
+                panel.arrange(isa);
             }
             let next = NextSlab { weights, row_bytes, first, rows: (cols.end - first).min(R * LANES), from: (slab + 1) * slab_bytes };
             for (i, (group, c)) in groups.clone().zip(c.chunks_exact_mut(R * GROUP)).enumerate() {
@@ -289,18 +294,6 @@ fn biased_start<I: Isa, const R: usize, const T: usize>(isa: I, sums: &TokenInts
         }
     }
     p
-}
-
-/// One dword of signed weights, of R × 16 rows.
-#[inline(always)]
-fn biased_step<I: Isa, const R: usize, const T: usize>(isa: I, w: [&Lanes; R], x: &TokenDwords, tokens: usize, p: &mut [[I::Int; T]; R]) {
-    let w = each!(R, |r| isa.load_lanes(w[r]));
-    for t in 0..T {
-        let x = isa.splat_4(x[tokens + t]);
-        for r in 0..R {
-            p[r][t] = isa.dot_biased(p[r][t], w[r], x);
-        }
-    }
 }
 
 /// C += sum; in the first slab, C = sum.

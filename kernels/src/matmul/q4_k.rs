@@ -51,7 +51,7 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
                 let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
                 if QH > 0 {
                     // The upper half shifted by two: bit s then serves sub-blocks s and s + 2 at once.
-                    let qh = isa.with_shifted_by_2(b[QH..].first_chunk().expect("32 bytes"));
+                    let qh = isa.with_shifted::<2>(b[QH..].first_chunk().expect("32 bytes"));
                     let fifth = if half == 0 {
                         (isa.bits::<0, 1, 4>(qh), isa.bits::<1, 1, 4>(qh))
                     } else {

@@ -36,7 +36,7 @@ impl WeightDot for Dot {
                 let mut sum = isa.zero_int();
                 for half in 0..2 {
                     let ql = isa.load(b[64 * half..].first_chunk().expect("64 bytes"));
-                    let qh = isa.with_shifted_by_2(b[128 + 32 * half..].first_chunk().expect("32 bytes"));
+                    let qh = isa.with_shifted::<2>(b[128 + 32 * half..].first_chunk().expect("32 bytes"));
                     let low = isa.or(isa.low_nibbles(ql), isa.bits::<0, 3, 4>(qh));
                     let high = isa.or(isa.high_nibbles(ql), isa.bits::<4, 3, 4>(qh));
                     sum = isa.dot_scaled(sum, low, xs[2 * half], scales[2 * half]);

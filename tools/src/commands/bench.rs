@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, KvType, Model, Want};
+use runtime::{Decoder, KvCache, KvType, Want};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -24,6 +24,9 @@ pub struct Args {
     /// Repetitions
     #[arg(short, long, default_value_t = 5)]
     reps: usize,
+    /// KV cache type: f16, q8_0 or q4_0
+    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
+    kv: KvType,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// A JSON list on standard output
@@ -51,7 +54,7 @@ pub fn run(a: Args) -> Result<()> {
     }
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, KvType::F16)?;
+    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, a.kv)?;
     let mut decoder = Decoder::new(&model);
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
@@ -81,15 +84,16 @@ pub fn run(a: Args) -> Result<()> {
             decode.push(a.n as f64 / start.elapsed().as_secs_f64());
         }
     }
-    let best = |f: fn(&kernels::ceiling::Peaks) -> f64| peaks.iter().map(f).fold(0.0, f64::max);
-    let (ops, bandwidth) = (best(|p| p.int8_ops), best(|p| p.read_bytes));
+    peaks.push(kernels::ceiling::measure(&pool));
+    let median = |f: fn(&kernels::ceiling::Peaks) -> f64| row("", 0, peaks.iter().map(f).collect(), 0.0).median();
+    let (ops, bandwidth) = (median(|p| p.int8_ops), median(|p| p.read_bytes));
     let mut rows = Vec::new();
     if a.prompt > 0 {
-        rows.push(row("prefill", a.prompt, prefill, ops / (2.0 * macs_per_token(&model))));
+        rows.push(row("prefill", a.prompt, prefill, ops / (2.0 * model.macs_per_prompt_token())));
     }
     if a.n > 0 {
-        let kv = runtime::KvType::F16.bytes(model.hparams().kv_elements_per_token()) as f64 * (a.depth as f64 + a.n as f64 / 2.0);
-        rows.push(row("decode", a.n, decode, bandwidth / (read_bytes_per_token(&model) + kv)));
+        let bytes = model.bytes_per_generated_token(a.kv, a.depth as f64 + a.n as f64 / 2.0);
+        rows.push(row("decode", a.n, decode, bandwidth / bytes));
     }
     report(&a, &rows, pool.n_threads(), ops, bandwidth)
 }
@@ -99,32 +103,12 @@ fn row(test: &'static str, n: usize, mut tok_s: Vec<f64>, ceiling: f64) -> Row {
     Row { test, n, tok_s, ceiling }
 }
 
-/// The share of a tensor that one token uses: chosen experts only.
-fn used_share(model: &Model, name: &str) -> f64 {
-    let h = model.hparams();
-    if h.n_experts > 0 && name.contains("_exps.") { h.n_experts_used as f64 / h.n_experts as f64 } else { 1.0 }
-}
-
-/// Multiply-adds a prompt token needs: all matrices but the embedding and the head.
-fn macs_per_token(model: &Model) -> f64 {
-    let skipped = ["token_embd.weight", "output.weight"];
-    let matrices = model.file().tensors().filter(|t| t.info.dims().len() > 1 && !skipped.contains(&t.info.name()));
-    matrices.map(|t| t.info.n_elements() as f64 * used_share(model, t.info.name())).sum()
-}
-
-/// Bytes of weights a generated token reads: everything but the embedding, of which it reads a row.
-fn read_bytes_per_token(model: &Model) -> f64 {
-    let tied = model.file().get("output.weight").is_none();
-    let tensors = model.file().tensors().filter(|t| tied || t.info.name() != "token_embd.weight");
-    tensors.map(|t| t.info.n_bytes() as f64 * used_share(model, t.info.name())).sum()
-}
-
 fn report(a: &Args, rows: &[Row], threads: usize, ops: f64, bandwidth: f64) -> Result<()> {
     if a.json {
         let list: Vec<_> = rows
             .iter()
             .map(|r| {
-                serde_json::json!({"test": r.test, "n": r.n, "depth": a.depth, "threads": threads, "tok_s_median": r.median(),
+                serde_json::json!({"test": r.test, "n": r.n, "depth": a.depth, "kv": a.kv.name(), "threads": threads, "tok_s_median": r.median(),
                     "tok_s_min": r.tok_s[0], "tok_s_max": r.tok_s[r.tok_s.len() - 1], "ceiling_share": r.median() / r.ceiling})
             })
             .collect();

@@ -27,6 +27,9 @@ pub struct Args {
     /// Context in tokens [default: the model's, at most 4096]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     ctx: usize,
+    /// KV cache type: f16, q8_0 or q4_0
+    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
+    kv: runtime::KvType,
     /// Threads [default: GRIST_THREADS, else all that the system grants]
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -44,7 +47,7 @@ pub fn run(a: Args) -> Result<()> {
         return Err(runtime::Error::NoTemplate.into());
     }
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, a.ctx)?;
+    let mut session = Session::new(&model, a.ctx, a.kv)?;
     let start: Vec<_> = a.system.iter().map(|s| message("system", s)).collect();
     let mut request = ChatRequest { messages: start.clone(), tools: vec![] };
     let interactive = std::io::stdin().is_terminal();

@@ -22,6 +22,11 @@ impl Panel for FloatScales {
     const EMPTY: Self = FloatScales { q: [[0; LANES]; STEPS], d: [[0.0; LANES]; 8], m: [[0.0; LANES]; 8] };
 
     #[inline(always)]
+    fn arrange<I: Isa>(&mut self, isa: I) {
+        isa.arrange(&mut self.q);
+    }
+
+    #[inline(always)]
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
         isa: I,
         panels: &[Self; R],
@@ -33,12 +38,11 @@ impl Panel for FloatScales {
         let mut sum = [[isa.zero_float(); T]; R];
         for block in 0..8 {
             let steps = 8 * block..8 * block + 8;
+            let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[steps.clone()]);
             let mut p;
             if W::SIGNED {
                 p = super::biased_start::<I, R, T>(isa, &x.sums_32[block], at.tokens);
-                for step in steps {
-                    super::biased_step(isa, each!(R, |r| &panels[r].q[step]), &x.q[step], at.tokens, &mut p);
-                }
+                isa.dots::<R, T, true>(&mut p, w, &x.q[steps], at.tokens);
             } else {
                 p = [[isa.zero_int(); T]; R];
                 for t in 0..T {
@@ -47,15 +51,7 @@ impl Panel for FloatScales {
                         p[t] = first;
                     }
                 }
-                for step in steps {
-                    let w: [I::Bytes; R] = each!(R, |r| isa.load_lanes(&panels[r].q[step]));
-                    for t in 0..T {
-                        let x = isa.splat_4(x.q[step][at.tokens + t]);
-                        for r in 0..R {
-                            p[r][t] = isa.dot_unsigned(p[r][t], w[r], x);
-                        }
-                    }
-                }
+                isa.dots::<R, T, false>(&mut p, w, &x.q[steps], at.tokens);
             }
             for r in 0..R {
                 let (d, m) = (isa.load_float(&panels[r].d[block]), isa.load_float(&panels[r].m[block]));

@@ -45,6 +45,11 @@ impl Panel for IntegerScales {
         IntegerScales { q: [[0; LANES]; STEPS], scales: [[0; LANES]; 16], min_pairs: [[0; LANES]; 8], d: [0.0; LANES], dmin: [0.0; LANES] };
 
     #[inline(always)]
+    fn arrange<I: Isa>(&mut self, isa: I) {
+        isa.arrange(&mut self.q);
+    }
+
+    #[inline(always)]
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
         isa: I,
         panels: &[Self; R],
@@ -132,9 +137,8 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
     for sub in 0..256 / W::SUB {
         let sums = if W::SUB == 16 { &x.sums_16[sub] } else { &x.sums_32[sub % 8] };
         let mut p = super::biased_start::<I, R, T>(isa, sums, tokens);
-        for step in sub * steps..(sub + 1) * steps {
-            super::biased_step(isa, each!(R, |r| &panels[r].q[step]), &x.q[step], tokens, &mut p);
-        }
+        let range = sub * steps..(sub + 1) * steps;
+        isa.dots::<R, T, true>(&mut p, each!(R, |r| &panels[r].q[range.clone()]), &x.q[range], tokens);
         for r in 0..R {
             let scale = isa.load_int(&panels[r].scales[sub]);
             for t in 0..T {

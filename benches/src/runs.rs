@@ -1,0 +1,64 @@
+//! Results kept in `benches/runs/`: one CSV a bench and machine, a row a
+//! measurement, the machine named in its first line. README's table is made from them.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Columns of `models`. Shares are of the ceiling measured in the same run.
+pub const MODELS: &str = "shape,type,threads,isa,kv,depth,prompt,generate,runs,program,prefill_tok_s,prefill_gop_s,prefill_share,decode_tok_s,decode_gb_s,decode_share,fill_tok_s";
+
+/// Columns of `kernels`.
+pub const KERNELS: &str = "kernel,threads,rows,cols,tokens,runs,gb_s,read_share,gop_s,int8_share";
+
+/// Columns of `quantize`.
+pub const QUANTIZE: &str = "shape,type,threads,runs,seconds,llama_quantize_seconds,copy_seconds";
+
+pub fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("runs")
+}
+
+/// The processor's name, as the system gives it.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = |key: &str| info.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(": ")).map(|(_, v)| v.trim().to_owned());
+    let model = line("model name").or_else(|| line("Model")).unwrap_or_else(|| std::env::consts::ARCH.into());
+    // A family name alone does not tell two generations apart.
+    match line("model\t") {
+        Some(number) => format!("{model} (model {number})"),
+        None => model,
+    }
+}
+
+fn machine() -> String {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let memory = memory.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).map_or(0, |kb| kb >> 20);
+    format!("{}, {threads} threads, {memory} GiB, {}", cpu(), kernels::isa::available().join(" "))
+}
+
+/// Days since 1970 as year-month-day (Howard Hinnant, "chrono-compatible low-level date algorithms", civil_from_days).
+fn civil(days: i64) -> String {
+    let z = days + 719_468;
+    let era = z.div_euclid(146_097);
+    let doe = z.rem_euclid(146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    format!("{}-{month:02}-{day:02}", yoe + era * 400 + i64::from(month <= 2))
+}
+
+/// Appends a row, after the date, to this machine's file of `bench`.
+pub fn append(bench: &str, columns: &str, row: &str) {
+    let slug: String = cpu().to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let slug = slug.split('-').filter(|w| !w.is_empty()).collect::<Vec<_>>().join("-");
+    let path = folder().join(format!("{bench}-{slug}.csv"));
+    let mut text = String::new();
+    if !path.exists() {
+        text += &format!("# {}\ndate,{columns}\n", machine());
+    }
+    let days = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400);
+    text += &format!("{},{row}\n", civil(days as i64));
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+    file.and_then(|mut f| f.write_all(text.as_bytes())).expect("benches/runs can be written");
+}

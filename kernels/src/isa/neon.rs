@@ -1,0 +1,649 @@
+//! AArch64: a vector is four 128-bit registers. Three rows that differ in how
+//! int8 products are summed: `smmla` (Apple M2 and later, Neoverse V1), `sdot`
+//! (Cortex-A76 as in a Raspberry Pi 5, Apple M1), and the widening multiplies
+//! that every core has (Cortex-A72, a Raspberry Pi 4). Instructions whose
+//! intrinsics the oldest supported compiler lacks are written as such.
+//!
+//! SAFETY of every block in this file: the methods take a token that only
+//! `isa_token!`'s CPU check can create, so the instructions exist; loads read
+//! exactly the array they are given.
+// LONG: one vocabulary; its methods are a line or two each.
+
+use super::{GROUP, Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+isa_token!(I8mm, ["neon", "dotprod", "i8mm"]);
+isa_token!(Dotprod, ["neon", "dotprod"]);
+isa_token!(Neon, ["neon"]);
+
+/// What distinguishes the rows.
+pub trait NeonRow: Copy + Send + Sync + 'static {
+    const NAME: &'static str;
+    /// Panels hold eight columns of a row side by side, and `mmla` multiplies them.
+    const MMLA: bool;
+    const TILE: TileShape;
+
+    fn detect() -> Option<Self>;
+    fn compile<O: Op>(self, op: O) -> O::Out;
+    /// acc + groups of four products. Two products fit in 16 bits: 2 · 128 · 127 < 2¹⁵.
+    fn dot(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t;
+    /// As `dot`, with dword LANE of `b` for each of its dwords.
+    fn dot_lane<const LANE: i32>(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t;
+    /// acc + 2 × 8 · 8 × 2 products.
+    fn mmla(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t;
+}
+
+/// # Safety
+/// The CPU has `sdot`.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn sdot(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction exists, by this function's contract; registers only.
+    unsafe {
+        asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) acc, in(vreg) a, in(vreg) b, options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
+
+/// # Safety
+/// The CPU has `sdot`.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn sdot_lane<const LANE: i32>(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction exists, by this function's contract; registers only.
+    unsafe {
+        asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[{3}]", inout(vreg) acc, in(vreg) a, in(vreg) b, const LANE, options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
+
+/// # Safety
+/// The CPU has `smmla`.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+unsafe fn smmla(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction exists, by this function's contract; registers only.
+    unsafe {
+        asm!("smmla {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) acc, in(vreg) a, in(vreg) b, options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
+
+macro_rules! dotprod_row {
+    ($token:ident, $name:literal, mmla: $mmla:literal, tile: $tile:ident) => {
+        impl NeonRow for $token {
+            const NAME: &'static str = $name;
+            const MMLA: bool = $mmla;
+            const TILE: TileShape = TileShape::$tile;
+
+            fn detect() -> Option<Self> {
+                Self::check()
+            }
+
+            fn compile<O: Op>(self, op: O) -> O::Out {
+                self.compiled(op)
+            }
+
+            #[inline(always)]
+            fn dot(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+                // SAFETY: `sdot`, by the token.
+                unsafe { sdot(acc, a, b) }
+            }
+
+            #[inline(always)]
+            fn dot_lane<const LANE: i32>(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+                // SAFETY: `sdot`, by the token.
+                unsafe { sdot_lane::<LANE>(acc, a, b) }
+            }
+
+            #[inline(always)]
+            fn mmla(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+                if !$mmla {
+                    return acc;
+                }
+                // SAFETY: `smmla`, by the token of the one row that gets here.
+                unsafe { smmla(acc, a, b) }
+            }
+        }
+    };
+}
+
+dotprod_row!(I8mm, "i8mm", mmla: true, tile: OneBySix);
+dotprod_row!(Dotprod, "dotprod", mmla: false, tile: OneByThree);
+
+impl NeonRow for Neon {
+    const NAME: &'static str = "neon";
+    const MMLA: bool = false;
+    const TILE: TileShape = TileShape::OneByThree;
+
+    fn detect() -> Option<Self> {
+        Self::check()
+    }
+
+    fn compile<O: Op>(self, op: O) -> O::Out {
+        self.compiled(op)
+    }
+
+    #[inline(always)]
+    fn dot(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+        // SAFETY: NEON, by the token. Sums of two products fit in 16 bits.
+        unsafe {
+            let (low, high) = (vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+            vpadalq_s16(acc, vpaddq_s16(low, high))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_lane<const LANE: i32>(self, acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+        // SAFETY: NEON, by the token.
+        self.dot(acc, a, unsafe { vreinterpretq_s8_s32(vdupq_laneq_s32::<LANE>(vreinterpretq_s32_s8(b))) })
+    }
+
+    #[inline(always)]
+    fn mmla(self, acc: int32x4_t, _: int8x16_t, _: int8x16_t) -> int32x4_t {
+        acc
+    }
+}
+
+/// Four f16, as bits, to floats.
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn widen_half(bits: uint16x4_t) -> float32x4_t {
+    let out: float32x4_t;
+    // SAFETY: the instruction is NEON's; registers only.
+    unsafe { asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) out, in(vreg) bits, options(pure, nomem, nostack, preserves_flags)) }
+    out
+}
+
+type Bytes = [int8x16_t; 4];
+type Int = [int32x4_t; 4];
+
+/// Calls an intrinsic of unsigned bytes on signed ones.
+macro_rules! on_u8 {
+    ($v:expr, |$x:ident| $body:expr) => {{
+        let v = $v;
+        each!(4, |i| {
+            let $x = vreinterpretq_u8_s8(v[i]);
+            vreinterpretq_s8_u8($body)
+        })
+    }};
+}
+
+/// A group's tokens side by side in pairs, by eight columns: `smmla`'s tiles of 2 rows × 2 tokens.
+#[inline(always)]
+fn mmla_dots<N: NeonRow, const R: usize, const T: usize>(
+    isa: N,
+    p: &mut [[Int; T]; R],
+    w: [&[Lanes]; R],
+    x: &[TokenDwords],
+    tokens: usize,
+) {
+    assert!(T.is_multiple_of(2) && tokens + T <= GROUP && x.len().is_multiple_of(2));
+    for r in 0..R {
+        // SAFETY: NEON, by the token; each load reads within the array that is indexed.
+        unsafe {
+            let mut sums = [[vdupq_n_s32(0); 8]; GROUP / 2];
+            for (w, x) in w[r].as_chunks::<2>().0.iter().zip(x.as_chunks::<2>().0) {
+                let w = w.as_flattened();
+                let mut pair = [vdupq_n_s8(0); GROUP / 2];
+                for t in 0..T / 2 {
+                    let from = |x: &TokenDwords| vld1_s8(x.as_flattened()[4 * (tokens + 2 * t)..][..8].as_ptr());
+                    let (a, b) = (vreinterpret_s32_s8(from(&x[0])), vreinterpret_s32_s8(from(&x[1])));
+                    pair[t] = vreinterpretq_s8_s32(vcombine_s32(vzip1_s32(a, b), vzip2_s32(a, b)));
+                }
+                for rows in 0..8 {
+                    let w = vreinterpretq_s8_u32(vld1q_u32(w[4 * rows..][..4].as_ptr()));
+                    for t in 0..T / 2 {
+                        sums[t][rows] = isa.mmla(sums[t][rows], w, pair[t]);
+                    }
+                }
+            }
+            for t in 0..T / 2 {
+                for q in 0..4 {
+                    let (a, b) = (sums[t][2 * q], sums[t][2 * q + 1]);
+                    p[r][2 * t][q] = vaddq_s32(p[r][2 * t][q], vuzp1q_s32(a, b));
+                    p[r][2 * t + 1][q] = vaddq_s32(p[r][2 * t + 1][q], vuzp2q_s32(a, b));
+                }
+            }
+        }
+    }
+}
+
+impl<N: NeonRow> Isa for N {
+    const NAME: &'static str = <N as NeonRow>::NAME;
+    type Bytes = Bytes;
+    type Int = Int;
+    type Float = [float32x4_t; 4];
+
+    fn detect() -> Option<Self> {
+        <N as NeonRow>::detect()
+    }
+
+    fn vectorize<O: Op>(self, op: O) -> O::Out {
+        self.compile(op)
+    }
+
+    #[inline(always)]
+    fn f16(self, bits: u16) -> f32 {
+        // SAFETY: NEON, by the token.
+        unsafe { vgetq_lane_f32::<0>(widen_half(vdup_n_u16(bits))) }
+    }
+
+    #[inline(always)]
+    fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
+        let mut out = [0.0; 4];
+        // SAFETY: NEON, by the token; 8 readable and 16 writable bytes, by the types.
+        unsafe { vst1q_f32(out.as_mut_ptr(), widen_half(vld1_u16(bits.as_ptr()))) };
+        out
+    }
+
+    #[inline(always)]
+    fn load(self, b: &[u8; 64]) -> Bytes {
+        // SAFETY: NEON, by the token; 64 readable bytes, by the type.
+        unsafe { each!(4, |i| vld1q_s8(b.as_ptr().add(16 * i).cast())) }
+    }
+
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Bytes {
+        // SAFETY: NEON, by the token; 32 readable bytes each, by the types.
+        unsafe { each!(4, |i| vld1q_s8(if i < 2 { a.as_ptr() } else { b.as_ptr() }.add(16 * (i % 2)).cast())) }
+    }
+
+    #[inline(always)]
+    fn load_quarters(self, v: [&[u8; 16]; 4]) -> Bytes {
+        // SAFETY: NEON, by the token; 16 readable bytes each, by the types.
+        unsafe { each!(4, |i| vld1q_s8(v[i].as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn splat_u8(self, x: u8) -> Bytes {
+        // SAFETY: NEON, by the token.
+        unsafe { [vdupq_n_s8(x as i8); 4] }
+    }
+
+    #[inline(always)]
+    fn with_shifted<const BY: i32>(self, v: &[u8; 32]) -> Bytes {
+        // SAFETY: NEON, by the token; 32 readable bytes, by the type.
+        unsafe {
+            let v: [uint8x16_t; 2] = each!(2, |i| vld1q_u8(v.as_ptr().add(16 * i)));
+            each!(4, |i| vreinterpretq_s8_u8(if i < 2 { v[i] } else { vshrq_n_u8::<BY>(v[i - 2]) }))
+        }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(self, v: Bytes) -> Bytes {
+        // SAFETY: NEON, by the token.
+        unsafe { on_u8!(v, |x| vandq_u8(x, vdupq_n_u8(15))) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(self, v: Bytes) -> Bytes {
+        // SAFETY: NEON, by the token.
+        unsafe { on_u8!(v, |x| vshrq_n_u8::<4>(x)) }
+    }
+
+    #[inline(always)]
+    fn bits<const SHIFT: u32, const MASK: u8, const UP: u32>(self, v: Bytes) -> Bytes {
+        // SAFETY: NEON, by the token. A negative shift is to the right; the mask removes foreign bits.
+        unsafe {
+            let by = vdupq_n_s8(UP as i8 - SHIFT as i8);
+            on_u8!(v, |x| vandq_u8(vshlq_u8(x, by), vdupq_n_u8(MASK << UP)))
+        }
+    }
+
+    #[inline(always)]
+    fn bit16(self, mask: u64) -> Bytes {
+        // SAFETY: NEON, by the token. Byte i of sixteen takes mask byte i / 8 and tests its bit i % 8.
+        unsafe {
+            let bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
+            each!(4, |i| {
+                let byte = |k: usize| vdup_n_u8((mask >> (16 * i + 8 * k)) as u8);
+                vreinterpretq_s8_u8(vandq_u8(vtstq_u8(vcombine_u8(byte(0), byte(1)), bit), vdupq_n_u8(16)))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn or(self, a: Bytes, b: Bytes) -> Bytes {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vorrq_s8(a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: Bytes) -> Bytes {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let table = vld1q_u8(table.as_ptr());
+            on_u8!(v, |x| vqtbl1q_u8(table, x))
+        }
+    }
+
+    #[inline(always)]
+    fn zero_int(self) -> Int {
+        self.splat_int(0)
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(self, acc: Int, u: Bytes, s: Bytes) -> Int {
+        // Below 128, unsigned is signed.
+        each!(4, |i| self.dot(acc[i], u[i], s[i]))
+    }
+
+    #[inline(always)]
+    fn dot_scaled(self, acc: Int, u: Bytes, s: Bytes, scale: Int) -> Int {
+        self.mul_add_int(acc, self.dot_unsigned(self.zero_int(), u, s), scale)
+    }
+
+    #[inline(always)]
+    fn quarter_scales(self, v: &[u8; 16]) -> [Int; 4] {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let v = vld1q_s8(v.as_ptr().cast());
+            let (low, high) = (vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v));
+            let wide = [vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)];
+            each!(4, |j| {
+                let v = wide[j];
+                [vdupq_laneq_s32::<0>(v), vdupq_laneq_s32::<1>(v), vdupq_laneq_s32::<2>(v), vdupq_laneq_s32::<3>(v)]
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Int; 4], Int) {
+        // SAFETY: NEON, by the token; 32 readable bytes, by the type. Of
+        // eight words the first four are scales, the others mins, beside whose sums zeros lie.
+        unsafe {
+            let wide: [int16x8_t; 2] = each!(2, |i| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(v[i]))));
+            let scales: [int32x4_t; 2] = each!(2, |i| vmovl_s16(vget_low_s16(wide[i])));
+            let mins: [int32x4_t; 2] = each!(2, |i| vmull_high_s16(wide[i], vld1q_s16(sums.as_ptr().add(8 * i))));
+            let scales = each!(4, |j| {
+                let v = scales[j / 2];
+                let (a, b) = if j % 2 == 0 {
+                    (vdupq_laneq_s32::<0>(v), vdupq_laneq_s32::<2>(v))
+                } else {
+                    (vdupq_laneq_s32::<1>(v), vdupq_laneq_s32::<3>(v))
+                };
+                [a, a, b, b]
+            });
+            (scales, [mins[0], mins[1], vdupq_n_s32(0), vdupq_n_s32(0)])
+        }
+    }
+
+    #[inline(always)]
+    fn sub_int(self, a: Int, b: Int) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vsubq_s32(a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn mul_add_int(self, acc: Int, a: Int, b: Int) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vmlaq_s32(acc[i], a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn quarters_int(self, v: [i32; 4]) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vdupq_n_s32(v[i])) }
+    }
+
+    #[inline(always)]
+    fn dot_i16(self, a: &[i16; 16], b: &[i16; 16]) -> Int {
+        // SAFETY: NEON, by the token; 32 readable bytes each, by the types.
+        unsafe { each!(4, |i| vmull_s16(vld1_s16(a.as_ptr().add(4 * i)), vld1_s16(b.as_ptr().add(4 * i)))) }
+    }
+
+    #[inline(always)]
+    fn to_float(self, v: Int) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vcvtq_f32_s32(v[i])) }
+    }
+
+    #[inline(always)]
+    fn zero_float(self) -> [float32x4_t; 4] {
+        self.splat(0.0)
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe { [vdupq_n_f32(x); 4] }
+    }
+
+    #[inline(always)]
+    fn quarters_float(self, v: [f32; 4]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vdupq_n_f32(v[i])) }
+    }
+
+    #[inline(always)]
+    fn load_float(self, v: &[f32; 16]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token; 64 readable bytes, by the type.
+        unsafe { each!(4, |i| vld1q_f32(v.as_ptr().add(4 * i))) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [float32x4_t; 4], b: [float32x4_t; 4], c: [float32x4_t; 4]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vfmaq_f32(c[i], a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: [float32x4_t; 4]) -> f32 {
+        // SAFETY: NEON, by the token.
+        unsafe { vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3]))) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [float32x4_t; 4], b: [float32x4_t; 4]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe { each!(4, |i| vmulq_f32(a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn store_float(self, v: [float32x4_t; 4], out: &mut [f32; 16]) {
+        for i in 0..4 {
+            // SAFETY: NEON, by the token; 64 writable bytes, by the type.
+            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * i), v[i]) }
+        }
+    }
+
+    #[inline(always)]
+    fn load_half(self, bits: &[u16; 16]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token; 32 readable bytes, by the type.
+        unsafe { each!(4, |i| widen_half(vld1_u16(bits.as_ptr().add(4 * i)))) }
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [[float32x4_t; 4]; 16]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let v: [float32x4_t; 16] = each!(16, |i| vaddq_f32(vaddq_f32(v[i][0], v[i][1]), vaddq_f32(v[i][2], v[i][3])));
+            each!(4, |i| vpaddq_f32(vpaddq_f32(v[4 * i], v[4 * i + 1]), vpaddq_f32(v[4 * i + 2], v[4 * i + 3])))
+        }
+    }
+
+    #[inline(always)]
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        // SAFETY: 64 bytes of floats are 64 bytes.
+        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
+        // SAFETY: any dword is a float; the arrays have the same size and alignment.
+        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
+    }
+
+    const SIGNED_BIAS: i32 = 0;
+    const TILE: TileShape = <N as NeonRow>::TILE;
+
+    #[inline(always)]
+    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
+        let mut out = [[0u32; 16]; 16];
+        // Squares of 4 × 4 dwords.
+        for r in 0..4 {
+            for c in 0..4 {
+                // SAFETY: NEON, by the token; 16 readable bytes from 16·c of 64, 16 writable from lane 4·r of 16.
+                unsafe {
+                    let v: [int32x4_t; 4] = each!(4, |i| vreinterpretq_s32_u8(vld1q_u8(rows[4 * r + i].as_ptr().add(16 * c))));
+                    let wide = |x| vreinterpretq_s64_s32(x);
+                    let (a, b) = (wide(vtrn1q_s32(v[0], v[1])), wide(vtrn2q_s32(v[0], v[1])));
+                    let (x, y) = (wide(vtrn1q_s32(v[2], v[3])), wide(vtrn2q_s32(v[2], v[3])));
+                    let columns = [vtrn1q_s64(a, x), vtrn1q_s64(b, y), vtrn2q_s64(a, x), vtrn2q_s64(b, y)];
+                    for i in 0..4 {
+                        vst1q_u32(out[4 * c + i].as_mut_ptr().add(4 * r), vreinterpretq_u32_s64(columns[i]));
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn load_lanes(self, v: &Lanes) -> Bytes {
+        // SAFETY: NEON, by the token; 64 readable bytes, by the type.
+        unsafe { each!(4, |i| vreinterpretq_s8_u32(vld1q_u32(v.as_ptr().add(4 * i)))) }
+    }
+
+    #[inline(always)]
+    fn splat_4(self, v: [i8; 4]) -> Bytes {
+        // SAFETY: NEON, by the token.
+        unsafe { [vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(v.map(|b| b as u8)))); 4] }
+    }
+
+    #[inline(always)]
+    fn splat_int(self, v: i32) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe { [vdupq_n_s32(v); 4] }
+    }
+
+    #[inline(always)]
+    fn load_int(self, v: &Lanes) -> Int {
+        // SAFETY: NEON, by the token; 64 readable bytes, by the type.
+        unsafe { each!(4, |i| vreinterpretq_s32_u32(vld1q_u32(v.as_ptr().add(4 * i)))) }
+    }
+
+    #[inline(always)]
+    fn to_biased(self, w: Bytes) -> Bytes {
+        w
+    }
+
+    #[inline(always)]
+    fn dot_biased(self, acc: Int, w: Bytes, s: Bytes) -> Int {
+        each!(4, |i| self.dot(acc[i], w[i], s[i]))
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: Int, a: Int, b: Int) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            each!(4, |i| {
+                let (a, b) = (vreinterpretq_s16_s32(a[i]), vreinterpretq_s16_s32(b[i]));
+                vaddq_s32(acc[i], vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn panel_scale(self, scale: i32) -> u32 {
+        scale as u32
+    }
+
+    #[inline(always)]
+    fn arrange(self, q: &mut [Lanes]) {
+        if !N::MMLA {
+            return;
+        }
+        for pair in q.as_chunks_mut::<2>().0 {
+            let [a, b] = *pair;
+            let all = pair.as_flattened_mut();
+            for i in 0..4 {
+                // SAFETY: NEON, by the token; 16 bytes read from lane 4·i of 16, 32 written from dword 8·i of 32.
+                unsafe {
+                    let (a, b) = (vld1q_u32(a.as_ptr().add(4 * i)), vld1q_u32(b.as_ptr().add(4 * i)));
+                    vst1q_u32(all.as_mut_ptr().add(8 * i), vzip1q_u32(a, b));
+                    vst1q_u32(all.as_mut_ptr().add(8 * i + 4), vzip2q_u32(a, b));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn dots<const R: usize, const T: usize, const BIASED: bool>(
+        self,
+        p: &mut [[Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+    ) {
+        if N::MMLA {
+            return mmla_dots(self, p, w, x, tokens);
+        }
+        let bytes = x.as_flattened().as_flattened();
+        for (step, one) in x.iter().enumerate() {
+            let w: [Bytes; R] = each!(R, |r| self.load_lanes(&w[r][step]));
+            if T != 3 {
+                for t in 0..T {
+                    let x = self.splat_4(one[tokens + t]);
+                    for r in 0..R {
+                        p[r][t] = self.dot_biased(p[r][t], w[r], x);
+                    }
+                }
+                continue;
+            }
+            // Three tokens in one register; at the end of the array, from one token before.
+            let at = 24 * step + 4 * tokens;
+            // SAFETY: NEON, by the token; 16 bytes are read from slices of 16.
+            let x = unsafe {
+                match bytes.get(at..at + 16) {
+                    Some(v) => vld1q_s8(v.as_ptr()),
+                    None => {
+                        let v = vld1q_s8(bytes[at - 4..][..16].as_ptr());
+                        vextq_s8::<4>(v, v)
+                    }
+                }
+            };
+            for r in 0..R {
+                p[r][0] = each!(4, |i| self.dot_lane::<0>(p[r][0][i], w[r][i], x));
+                p[r][1] = each!(4, |i| self.dot_lane::<1>(p[r][1][i], w[r][i], x));
+                p[r][2] = each!(4, |i| self.dot_lane::<2>(p[r][2][i], w[r][i], x));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
+        self,
+        acc: &mut [[Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    ) {
+        let mut p = [[self.zero_int(); T]; R];
+        if let Some(init) = init {
+            for t in 0..T {
+                let first = self.splat_int(init[tokens + t]);
+                for p in &mut p {
+                    p[t] = first;
+                }
+            }
+        }
+        self.dots::<R, T, false>(&mut p, w, x, tokens);
+        for r in 0..R {
+            let scale = self.load_int(scale[r]);
+            for t in 0..T {
+                acc[r][t] = self.mul_add_int(acc[r][t], p[r][t], scale);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], ahead: usize) {
+        let at = from.as_ptr().wrapping_add(ahead);
+        // SAFETY: a prefetch of any address has no architectural effect.
+        unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) at, options(readonly, nostack, preserves_flags)) }
+    }
+}
