@@ -62,3 +62,80 @@ pub fn append(bench: &str, columns: &str, row: &str) {
     let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
     file.and_then(|mut f| f.write_all(text.as_bytes())).expect("benches/runs can be written");
 }
+
+/// The machine of a file: its first line.
+fn note(text: &str) -> &str {
+    text.lines().next().unwrap_or_default().trim_start_matches("# ")
+}
+
+/// README's table of whole models: of each kind of run the newest, ours beside the better of its peers.
+pub fn models_table() -> String {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder()).expect("benches/runs").map(|f| f.expect("entry").path()).collect();
+    files.retain(|f| f.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("models-") && n.ends_with(".csv")));
+    files.sort();
+    let mut out = String::new();
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("a readable file");
+        out += &format!("{}:\n\n", note(&text));
+        out += "| shape, type | rows | KV | context | prefill tok/s: ours, best peer, ratio | of int8 peak | decode tok/s: ours, best peer, ratio | of read bandwidth |\n|---|---|---|---|---|---|---|---|\n";
+        // A kind of run is what stands before the number of runs; later rows replace earlier ones.
+        let mut kinds: Vec<(String, Vec<Vec<&str>>)> = Vec::new();
+        for row in text.lines().skip(2).map(|l| l.split(',').collect::<Vec<_>>()).filter(|r| r.len() == MODELS.split(',').count() + 1) {
+            let kind = row[1..9].join(",");
+            let rows = match kinds.iter_mut().find(|(k, _)| *k == kind) {
+                Some((_, rows)) => rows,
+                None => {
+                    kinds.push((kind, Vec::new()));
+                    &mut kinds.last_mut().expect("just pushed").1
+                }
+            };
+            rows.retain(|r| r[10] != row[10]);
+            rows.push(row);
+        }
+        for (_, rows) in kinds {
+            let number = |r: &[&str], column: usize| r[column].parse::<f64>().unwrap_or(0.0);
+            let Some(ours) = rows.iter().find(|r| r[10] == "gristmill") else { continue };
+            let side = |column: usize| {
+                let mine = number(ours, column);
+                let best = rows.iter().filter(|r| r[10] != "gristmill").map(|r| number(r, column)).fold(0.0, f64::max);
+                if best > 0.0 { format!("{mine:.1}, {best:.1}, **{:.2}**", mine / best) } else { format!("{mine:.1}") }
+            };
+            let share = |column: usize| format!("{:.0} %", 100.0 * number(ours, column));
+            out += &format!(
+                "| {} {} | {} | {} | {} + {} + {} | {} | {} | {} | {} |\n",
+                ours[1],
+                ours[2],
+                ours[4],
+                ours[5],
+                ours[6],
+                ours[7],
+                ours[8],
+                side(11),
+                share(13),
+                side(14),
+                share(16)
+            );
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_readme_shows_the_runs() {
+        let readme = std::fs::read_to_string(super::folder().join("../../README.md")).expect("README");
+        let table = super::models_table();
+        assert!(
+            readme.contains(&table),
+            "README's table is not what benches/runs gives; make it: cargo run -p benches --example table\n{table}"
+        );
+    }
+
+    #[test]
+    fn days_have_dates() {
+        assert_eq!(super::civil(0), "1970-01-01");
+        assert_eq!(super::civil(19_782), "2024-02-29");
+        assert_eq!(super::civil(20_453), "2025-12-31");
+    }
+}

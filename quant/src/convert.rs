@@ -392,7 +392,9 @@ fn encode_rows(
     for (r, x) in x.chunks_exact_mut(cols).enumerate() {
         values.read(first + r, x);
     }
-    if x.iter().any(|v| !v.is_finite()) {
+    // Without an early exit, so that it is a vector loop: an exponent of all ones is NaN or infinite.
+    const EXPONENT: u32 = 0x7f80_0000;
+    if x.iter().fold(false, |bad, v| bad | (v.to_bits() & EXPONENT == EXPONENT)) {
         let nan = x.iter().filter(|v| v.is_nan()).count() as u64;
         bad.0.fetch_add(nan, Ordering::Relaxed);
         bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);

@@ -17,20 +17,47 @@ pub fn put_f16(b: &mut [u8], at: usize, x: f32) {
 /// The value of largest magnitude, its sign kept; the first of equals.
 #[inline(always)]
 pub fn signed_peak(x: &[f32]) -> f32 {
-    let mut peak = 0.0f32;
-    let mut magnitude = 0.0f32;
-    for &v in x {
-        if magnitude < v.abs() {
-            magnitude = v.abs();
-            peak = v;
-        }
+    let (lo, hi) = min_max(x);
+    if lo == -hi {
+        // Both signs have it: the order decides.
+        return x.iter().copied().find(|v| v.abs() == hi && hi > 0.0).unwrap_or(0.0);
     }
-    peak
+    if hi > -lo { hi } else { lo }
 }
 
+/// The largest magnitude.
+#[inline(always)]
+pub fn magnitude(x: &[f32]) -> f32 {
+    let mut peaks = [0.0f32; LANES];
+    for x in x.as_chunks::<LANES>().0 {
+        for (p, v) in peaks.iter_mut().zip(x) {
+            *p = if v.abs() > *p { v.abs() } else { *p };
+        }
+    }
+    peaks.iter().fold(0.0, |m, &v| if v > m { v } else { m })
+}
+
+/// Maxima are kept in lanes, as a single running one would wait for itself.
+const LANES: usize = 16;
+
+/// Of a multiple of 16 values; of zeros of both signs the first.
 #[inline(always)]
 pub fn min_max(x: &[f32]) -> (f32, f32) {
-    x.iter().fold((f32::MAX, -f32::MAX), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
+    let one = |(lo, hi): (f32, f32), v: f32| (if v < lo { v } else { lo }, if v > hi { v } else { hi });
+    const NONE: (f32, f32) = (f32::MAX, -f32::MAX);
+    let (mut lows, mut highs) = ([NONE.0; LANES], [NONE.1; LANES]);
+    for x in x.as_chunks::<LANES>().0 {
+        for l in 0..LANES {
+            (lows[l], highs[l]) = one((lows[l], highs[l]), x[l]);
+        }
+    }
+    let lo = lows.iter().fold(NONE.0, |m, &v| if v < m { v } else { m });
+    let hi = highs.iter().fold(NONE.1, |m, &v| if v > m { v } else { m });
+    if lo == 0.0 || hi == 0.0 {
+        // −0 equals 0, and the reference keeps whichever came first.
+        return x.iter().fold(NONE, |m, &v| one(m, v));
+    }
+    (lo, hi)
 }
 
 /// 1/d, or 0 where d is 0.

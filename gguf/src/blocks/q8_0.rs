@@ -22,8 +22,7 @@ impl Encode for Q8_0 {
     #[inline(always)]
     fn encode(values: &[f32], _importance: Option<&[f32]>, out: &mut [u8]) {
         for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(34)) {
-            let peak = x.iter().fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
-            let d = peak / 127.0;
+            let d = magnitude(x) / 127.0;
             let id = inverse(d);
             put_f16(b, 0, d);
             for j in 0..32 {
