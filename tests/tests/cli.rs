@@ -171,6 +171,14 @@ fn tokens_logits_perplexity_and_bench_answer() {
     let p = json(&["perplexity", f, "-f", path(&heldout), "--windows", "4", "--ctx", "256", "--reference", f, "--json"]);
     assert!(p["kl_divergence"]["mean"].as_f64().unwrap().abs() < 1e-6);
     assert_eq!((p["windows"].clone(), p["scored"].clone()), (4.into(), (4 * 127).into()));
+    // A coarser cache costs a little, and 4 bits more than 8.
+    let divergence = |kv: &str| {
+        let p = json(&["perplexity", f, "-f", path(&heldout), "--windows", "2", "--ctx", "256", "--reference", f, "--kv", kv, "--json"]);
+        p["kl_divergence"]["mean"].as_f64().unwrap()
+    };
+    let (q8, q4) = (divergence("q8_0"), divergence("q4_0"));
+    println!("KL divergence with a q8_0 cache {q8:.6}, q4_0 {q4:.6}");
+    assert!(0.0 < q8 && q8 < 0.002 && q8 < q4 && q4 < 0.1, "{q8} {q4}");
     let b = json(&["bench", f, "-p", "16", "-n", "4", "-r", "1", "--json"]);
     assert_eq!((b[0]["test"].clone(), b[1]["test"].clone()), ("prefill".into(), "decode".into()));
     for key in ["n", "depth", "threads", "tok_s_median", "tok_s_min", "tok_s_max", "ceiling_share"] {
@@ -223,6 +231,7 @@ fn bad_input_is_one_line_and_exit_code_1() {
     fails(&["perplexity", f, "-f", path(&fixture("mistral-gqa").join("config.json")), "--ctx", "2048"], &["tokens", "2048"]);
     fails(&["plan", "no-such-shape", "-t", "Q4_K_M"], &["no-such-shape", "mistral-22b"]);
     fails(&["plan", f, "--kv", "f8"], &["--kv"]);
+    fails(&["run", f, "-p", "x", "--kv", "q9"], &["--kv", "q8_0"]);
     fails(&["synth", "huge", "-t", "Q4_0", "-o", path(&folder.file("x"))], &["huge"]);
     fails(&["inspect", path(&demo())], &["folder"]);
     fails(&["bench", f, "-r", "0"], &["nothing to measure"]);

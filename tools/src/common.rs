@@ -54,8 +54,8 @@ pub fn parse_size(s: &str) -> std::result::Result<u64, String> {
 }
 
 /// A KV cache type by name.
-pub fn parse_kv(s: &str) -> std::result::Result<KvType, String> {
-    KvType::by_name(s).ok_or_else(|| format!("'{s}' is unknown; use f16, q8_0 or q4_0 (f32 for parity checks)"))
+pub fn kv_type(name: &str) -> Result<KvType> {
+    KvType::by_name(name).with_context(|| format!("--kv {name} is unknown; use f16, q8_0 or q4_0 (f32 for parity checks)"))
 }
 
 pub fn show_bytes(n: u64) -> String {

@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, KvType, Want};
+use runtime::{Decoder, KvCache, Want};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -25,8 +25,8 @@ pub struct Args {
     #[arg(short, long, default_value_t = 5)]
     reps: usize,
     /// KV cache type: f16, q8_0 or q4_0
-    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
-    kv: KvType,
+    #[arg(long, default_value = "f16")]
+    kv: String,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// A JSON list on standard output
@@ -52,9 +52,10 @@ pub fn run(a: Args) -> Result<()> {
     if a.reps == 0 || (a.prompt == 0 && a.n == 0) {
         bail!("nothing to measure: give -r of at least 1, and -p or -n");
     }
+    let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, a.kv)?;
+    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, kv)?;
     let mut decoder = Decoder::new(&model);
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
@@ -92,7 +93,7 @@ pub fn run(a: Args) -> Result<()> {
         rows.push(row("prefill", a.prompt, prefill, ops / (2.0 * model.macs_per_prompt_token())));
     }
     if a.n > 0 {
-        let bytes = model.bytes_per_generated_token(a.kv, a.depth as f64 + a.n as f64 / 2.0);
+        let bytes = model.bytes_per_generated_token(kv, a.depth as f64 + a.n as f64 / 2.0);
         rows.push(row("decode", a.n, decode, bandwidth / bytes));
     }
     report(&a, &rows, pool.n_threads(), ops, bandwidth)
@@ -108,7 +109,7 @@ fn report(a: &Args, rows: &[Row], threads: usize, ops: f64, bandwidth: f64) -> R
         let list: Vec<_> = rows
             .iter()
             .map(|r| {
-                serde_json::json!({"test": r.test, "n": r.n, "depth": a.depth, "kv": a.kv.name(), "threads": threads, "tok_s_median": r.median(),
+                serde_json::json!({"test": r.test, "n": r.n, "depth": a.depth, "kv": a.kv, "threads": threads, "tok_s_median": r.median(),
                     "tok_s_min": r.tok_s[0], "tok_s_max": r.tok_s[r.tok_s.len() - 1], "ceiling_share": r.median() / r.ceiling})
             })
             .collect();

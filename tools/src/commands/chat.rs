@@ -28,8 +28,8 @@ pub struct Args {
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     ctx: usize,
     /// KV cache type: f16, q8_0 or q4_0
-    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
-    kv: runtime::KvType,
+    #[arg(long, default_value = "f16")]
+    kv: String,
     /// Threads [default: GRIST_THREADS, else all that the system grants]
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -41,13 +41,14 @@ fn message(role: &str, content: &str) -> serde_json::Value {
 
 pub fn run(a: Args) -> Result<()> {
     let mut sampler = Sampler::new(a.sampling.options())?;
+    let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
     if tokenizer.chat_template.is_none() {
         return Err(runtime::Error::NoTemplate.into());
     }
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, a.ctx, a.kv)?;
+    let mut session = Session::new(&model, a.ctx, kv)?;
     let start: Vec<_> = a.system.iter().map(|s| message("system", s)).collect();
     let mut request = ChatRequest { messages: start.clone(), tools: vec![] };
     let interactive = std::io::stdin().is_terminal();

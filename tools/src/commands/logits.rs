@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Context, Result};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, KvType, Want};
+use runtime::{Decoder, KvCache, Want};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
 
@@ -22,17 +22,18 @@ pub struct Args {
     #[arg(long)]
     one_by_one: bool,
     /// KV cache type: f32 rounds nothing, f16 is what `run` uses, q8_0 and q4_0 save memory
-    #[arg(long, default_value = "f32", value_parser = common::parse_kv)]
-    kv: KvType,
+    #[arg(long, default_value = "f32")]
+    kv: String,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
 }
 
 pub fn run(a: Args) -> Result<()> {
     let ids = common::parse_ids(&a.tokens)?;
+    let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), ids.len().max(1), a.kv)?;
+    let mut cache = KvCache::new(model.hparams(), ids.len().max(1), kv)?;
     let mut decoder = Decoder::new(&model);
     let step = if a.one_by_one { 1 } else { ids.len().max(1) };
     let mut logits = Vec::new();

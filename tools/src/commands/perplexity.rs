@@ -27,8 +27,8 @@ pub struct Args {
     #[arg(long)]
     reference: Option<PathBuf>,
     /// KV cache type of the model: f16, q8_0 or q4_0; the reference keeps f16
-    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
-    kv: runtime::KvType,
+    #[arg(long, default_value = "f16")]
+    kv: String,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// One JSON object on standard output
@@ -37,12 +37,13 @@ pub struct Args {
 }
 
 pub fn run(a: Args) -> Result<()> {
+    let kv = common::kv_type(&a.kv)?;
     let text = common::read_text(&a.file)?;
     let model = common::open_model(&a.model)?;
     let reference = a.reference.as_deref().map(common::open_model).transpose()?;
     let pool = Pool::new(a.threads);
     let terminal = std::io::stderr().is_terminal();
-    let options = Options { context: a.ctx, max_windows: a.windows, kv: a.kv };
+    let options = Options { context: a.ctx, max_windows: a.windows, kv };
     let r = perplexity::run(&pool, &model, reference.as_ref(), &text, &options, |done, all, so_far| {
         if terminal {
             eprint!("\rwindow {done}/{all}, perplexity {so_far:.4} ");

@@ -3,7 +3,6 @@
 use crate::common;
 use anyhow::{Result, bail};
 use gguf::{Hparams, TensorInfo};
-use runtime::KvType;
 use runtime::plan::{MemoryPlan, Request};
 use std::path::{Path, PathBuf};
 
@@ -19,8 +18,8 @@ pub struct Args {
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     ctx: u64,
     /// KV cache type: f16, q8_0 or q4_0
-    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
-    kv: KvType,
+    #[arg(long, default_value = "f16")]
+    kv: String,
     /// Plan for a GPU of this size, whether or not one is there
     #[arg(long, value_parser = common::parse_size)]
     vram: Option<u64>,
@@ -33,13 +32,14 @@ pub struct Args {
 }
 
 pub fn run(a: Args) -> Result<()> {
+    let kv = common::kv_type(&a.kv)?;
     let (h, tensors) = describe(&a.model, a.kind.as_deref())?;
     let ram = match a.ram {
         Some(r) => r,
         None => runtime::available_memory().ok_or_else(|| anyhow::anyhow!("the memory of this system is not known; give --ram SIZE"))?,
     };
-    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, kv: a.kv, ram, vram: a.vram });
-    if a.json { common::print_json(&to_json(&plan)) } else { print(&plan, &h, a.kv.name()) }
+    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, kv, ram, vram: a.vram });
+    if a.json { common::print_json(&to_json(&plan)) } else { print(&plan, &h, &a.kv) }
 }
 
 /// Hyper-parameters and tensors of a file, a folder or a shape, without reading a weight.

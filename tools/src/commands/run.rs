@@ -64,8 +64,8 @@ pub struct Args {
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     ctx: usize,
     /// KV cache type: f16, q8_0 or q4_0
-    #[arg(long, default_value = "f16", value_parser = common::parse_kv)]
-    kv: runtime::KvType,
+    #[arg(long, default_value = "f16")]
+    kv: String,
     /// Threads [default: GRIST_THREADS, else all that the system grants]
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -83,6 +83,7 @@ pub fn run(a: Args) -> Result<()> {
     if prompt.is_empty() {
         return Err(runtime::Error::EmptyPrompt.into());
     }
+    let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
     let ids = tokenizer.encode(&prompt, EncodeOptions::PROMPT)?;
@@ -90,7 +91,7 @@ pub fn run(a: Args) -> Result<()> {
     // Unless told otherwise, room for what was asked, as far as the model's own context goes.
     let ctx = if a.ctx == 0 { own.min(4096.max(ids.len() + a.n)) } else { a.ctx };
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, ctx, a.kv)?;
+    let mut session = Session::new(&model, ctx, kv)?;
     let mut stream = Utf8Stream::default();
     let mut text = String::new();
     let mut broken = None;
