@@ -1,5 +1,5 @@
-//! README's table of whole models, from `benches/runs/`: `cargo run -p benches --example table`.
+//! README's tables of whole models, from `benches/runs/`: `cargo run -p benches --example table`.
 
 fn main() {
-    print!("{}", benches::runs::models_table());
+    print!("{}", benches::runs::models_tables().join("\n"));
 }

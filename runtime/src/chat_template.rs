@@ -122,10 +122,13 @@ pub fn python_json(v: &Json) -> String {
     }
 }
 
-/// Today's date in the few formats templates use.
-fn strftime_now(format: &str) -> String {
-    let days = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400) as i64;
-    // Civil date from days (Hinnant's algorithm).
+/// Today's year, month and day, in UTC.
+pub fn today() -> (i64, i64, i64) {
+    civil(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs() / 86_400) as i64)
+}
+
+/// Year, month and day from days since 1970 (Howard Hinnant, "chrono-compatible low-level date algorithms").
+fn civil(days: i64) -> (i64, i64, i64) {
     let z = days + 719_468;
     let era = z.div_euclid(146_097);
     let doe = z.rem_euclid(146_097);
@@ -133,7 +136,12 @@ fn strftime_now(format: &str) -> String {
     let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
     let mp = (5 * doy + 2) / 153;
     let (d, m) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    let y = yoe + era * 400 + i64::from(m <= 2);
+    (yoe + era * 400 + i64::from(m <= 2), m, d)
+}
+
+/// Today's date in the few formats templates use.
+fn strftime_now(format: &str) -> String {
+    let (y, m, d) = today();
     const MONTHS: [&str; 12] =
         ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
     let month = MONTHS[(m - 1) as usize];
@@ -145,4 +153,14 @@ fn strftime_now(format: &str) -> String {
         ("%b", month[..3].to_owned()),
     ];
     fields.iter().fold(format.to_owned(), |s, (k, v)| s.replace(k, v))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn days_have_dates() {
+        assert_eq!(super::civil(0), (1970, 1, 1));
+        assert_eq!(super::civil(19_782), (2024, 2, 29));
+        assert_eq!(super::civil(20_453), (2025, 12, 31));
+    }
 }

@@ -133,11 +133,6 @@ impl Llama {
         }
     }
 
-    pub fn clear(&mut self) {
-        // SAFETY: the context is valid until Drop.
-        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.context), false) };
-    }
-
     /// Forgets all positions from `first` on.
     pub fn truncate(&mut self, first: usize) {
         // SAFETY: the context is valid until Drop.
