@@ -19,7 +19,9 @@ fn main() {
     let batches: Vec<usize> =
         if test { vec![1, 9] } else { argument("--tokens", "1,512").split(',').map(|t| t.parse().expect("a number")).collect() };
     let mut random = quant::synth::Random(1);
-    for kernel in kernels::table().iter().filter(|k| k.name().starts_with(&only)) {
+    // A whole name means that row; else all whose names begin with it.
+    let whole = kernels::table().iter().any(|k| k.name() == only);
+    for kernel in kernels::table().iter().filter(|k| if whole { k.name() == only } else { k.name().starts_with(&only) }) {
         let block = kernel.block();
         let plan = Matmul::with_kernel(&**kernel, rows, cols).expect("plan");
         // Several copies, so that decode reads memory and not the cache.

@@ -173,14 +173,14 @@ pub trait Isa: Copy + Send + Sync + 'static {
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
     );
-    /// Brings the line `ahead` bytes from the start of `from` near, which may lie beyond it; no effect on the result.
-    fn prefetch(self, from: &[u8], ahead: usize);
+    /// Brings a line near; any address will do, and results do not depend on it.
+    fn prefetch(self, at: *const u8);
 }
 
 /// Rows (by 16) × tokens of a prefill tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TileShape {
-    TwoBySix,
+    FourByThree,
     OneBySix,
     OneByThree,
 }

@@ -66,7 +66,7 @@ const AHEAD: usize = 1024;
 #[inline(always)]
 fn prefetch_block<I: Isa>(isa: I, block: &[u8]) {
     for line in (0..block.len()).step_by(64) {
-        isa.prefetch(block, AHEAD + line);
+        isa.prefetch(block.as_ptr().wrapping_add(AHEAD + line));
     }
 }
 

@@ -86,7 +86,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
         for r in (from..to).step_by(ROWS) {
             let q = &s.q[r * kd..(r + ROWS) * kd];
             let scores = &mut s.s[r * TILE..(r + ROWS) * TILE];
-            if I::TILE == TileShape::TwoBySix {
+            if I::TILE == TileShape::FourByThree {
                 score::<I, 4, ROWS>(isa, q, kd, &s.k_turned, scores);
             } else {
                 score::<I, 1, 3>(isa, q, kd, &s.k_turned, scores);
@@ -104,7 +104,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
             let p = &s.s[r * TILE..(r + ROWS) * TILE];
             let o = &mut s.o[r * vd..(r + ROWS) * vd];
             let keep = &s.keep[r..r + ROWS];
-            if I::TILE == TileShape::TwoBySix {
+            if I::TILE == TileShape::FourByThree {
                 accumulate::<I, 4, ROWS>(isa, p, keep, &s.v, m, vd, o);
             } else {
                 accumulate::<I, 1, 3>(isa, p, keep, &s.v, m, vd, o);

@@ -641,8 +641,7 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
-    fn prefetch(self, from: &[u8], ahead: usize) {
-        let at = from.as_ptr().wrapping_add(ahead);
+    fn prefetch(self, at: *const u8) {
         // SAFETY: a prefetch of any address has no architectural effect.
         unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) at, options(readonly, nostack, preserves_flags)) }
     }

@@ -268,5 +268,5 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn prefetch(self, _from: &[u8], _ahead: usize) {}
+    fn prefetch(self, _at: *const u8) {}
 }

@@ -286,7 +286,8 @@ impl PanelBlock for QuantizedBlock {
             peaks[2] = peaks[2].max(size);
             peaks[3] = peaks[3].max((size + sum.abs()) / 2);
         }
-        self.peaks[t] = peaks;
+        let before = if t == 0 { [0; 4] } else { self.peaks };
+        self.peaks = std::array::from_fn(|i| peaks[i].max(before[i]));
     }
 
     #[inline(always)]

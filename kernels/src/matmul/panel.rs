@@ -39,21 +39,22 @@ pub const LANES: usize = 16;
 
 /// 256 columns of a group of tokens, quantized.
 #[derive(Debug, Clone)]
+#[repr(C, align(64))]
 pub struct QuantizedBlock {
     pub q: [TokenDwords; STEPS],
+    /// Over all tokens, the largest Σ|q| of 16 columns, the larger of its positive
+    /// and negative part; the same of 32.
+    pub peaks: [i32; 4],
     /// Scale of each 32 columns (all equal in `Q8Per256`).
     pub d: [[f32; GROUP]; 8],
-    /// Σ q of each 16 and each 32 columns.
-    pub sums_16: [TokenInts; 16],
-    pub sums_32: [TokenInts; 8],
-    /// The same, two 16-bit sums in one: even sub-block low, odd high.
+    /// Σ q of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
     pub pairs_16: [TokenInts; 8],
     pub pairs_32: [TokenInts; 4],
     /// d · Σ q of each 32.
     pub offsets_32: [[f32; GROUP]; 8],
-    /// Of each token, the largest Σ|q| of 16 columns, the larger of its positive
-    /// and negative part; the same of 32.
-    pub peaks: [[i32; 4]; GROUP],
+    /// Σ q of each 16 and each 32 columns.
+    pub sums_16: [TokenInts; 16],
+    pub sums_32: [TokenInts; 8],
 }
 
 impl QuantizedBlock {
@@ -65,7 +66,7 @@ impl QuantizedBlock {
         pairs_16: [[0; GROUP]; 8],
         pairs_32: [[0; GROUP]; 4],
         offsets_32: [[0.0; GROUP]; 8],
-        peaks: [[0; 4]; GROUP],
+        peaks: [0; 4],
     };
 }
 
@@ -88,30 +89,26 @@ pub trait PanelWeights: Send + Sync + 'static {
 
 /// What a family keeps of 16 rows of a slab, and how it multiplies.
 pub trait Panel: Sized {
+    /// What it keeps of a group of tokens.
+    type Tokens;
     const EMPTY: Self;
+
+    /// All groups of a slab.
+    fn tokens(acts: &Activations, slab: usize) -> &[Self::Tokens];
 
     /// Puts what was unpacked in the order that `multiply` reads.
     #[inline(always)]
     fn arrange<I: Isa>(&mut self, _isa: I) {}
 
-    /// C (R × GROUP rows of 16 lanes), its tokens `at.tokens..at.tokens + T`,
-    /// += panels · activations; replaces it in the first slab.
+    /// C (R × GROUP rows of 16 lanes), its tokens `first..first + T`, += panels · activations.
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
         isa: I,
         panels: &[Self; R],
-        acts: &Activations,
-        at: At,
+        x: &Self::Tokens,
+        first: usize,
         c: &mut [Sums],
+        next: &mut NextGroup,
     );
-}
-
-/// Which activations a tile multiplies.
-#[derive(Clone, Copy)]
-pub struct At {
-    pub slab: usize,
-    pub group: usize,
-    /// First token within the group.
-    pub tokens: usize,
 }
 
 /// 16 rows' sums of one token, on a cache line of their own.
@@ -129,13 +126,15 @@ pub fn scratch_bytes(n_tokens: usize) -> usize {
 }
 
 /// Rows of weights that pass through the panel together.
-pub const ROWS: usize = 2 * LANES;
+pub const ROWS: usize = 4 * LANES;
 
 /// Fills `tile` (tokens × rows; the first token is a multiple of GROUP) from `weights`.
 #[inline(always)]
 pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
     match I::TILE {
-        TileShape::TwoBySix => run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        // Four panels of floats are more than L1.
+        TileShape::FourByThree if size_of::<W::Panel>() > 8 << 10 => run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::FourByThree => run_tiles::<I, W, 4, 3, 2>(isa, weights, row_bytes, acts, tile),
         TileShape::OneBySix => run_tiles::<I, W, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
         TileShape::OneByThree => run_tiles::<I, W, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
     }
@@ -157,36 +156,52 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
     // Taken out and put back: a closure around this loop would be compiled without the ISA's features.
     let mut c = C.take();
     c.resize(groups.len() * R * GROUP, Sums([0.0; LANES]));
+    let slabs = row_bytes.div_ceil(slab_bytes);
     for first in cols.clone().step_by(R * LANES) {
-        for slab in 0..row_bytes.div_ceil(slab_bytes) {
+        c.fill(Sums([0.0; LANES]));
+        for slab in 0..slabs {
             for (r, panel) in panels.iter_mut().enumerate() {
                 unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
                 panel.arrange(isa);
             }
-            let next = NextSlab { weights, row_bytes, first, rows: (cols.end - first).min(R * LANES), from: (slab + 1) * slab_bytes };
-            for (i, (group, c)) in groups.clone().zip(c.chunks_exact_mut(R * GROUP)).enumerate() {
-                next.prefetch(isa, slab_bytes, i, groups.len());
+            let mut ahead = match slab + 1 < slabs {
+                true => Ahead::new(
+                    weights,
+                    row_bytes,
+                    first..cols.end.min(first + R * LANES),
+                    (slab + 1) * slab_bytes,
+                    slab_bytes,
+                    groups.len(),
+                ),
+                false => Ahead::new(weights, row_bytes, first + R * LANES..first + 2 * R * LANES, 0, slab_bytes, groups.len()),
+            };
+            let activations = &W::Panel::tokens(acts, slab)[groups.clone()];
+            for ((group, x), c) in groups.clone().zip(activations).zip(c.chunks_exact_mut(R * GROUP)) {
+                ahead.prefetch(isa);
+                let mut next = NextGroup::after(x, c);
                 let n = GROUP.min(tokens.end - group * GROUP);
-                let mut at = At { slab, group, tokens: 0 };
-                while at.tokens < n {
-                    if at.tokens + T <= GROUP && at.tokens + T < n + SMALL {
-                        W::Panel::multiply::<I, W, R, T>(isa, &panels, acts, at, c);
-                        at.tokens += T;
+                let mut from = 0;
+                while from < n {
+                    if from + T <= GROUP && from + T < n + SMALL {
+                        W::Panel::multiply::<I, W, R, T>(isa, &panels, x, from, c, &mut next);
+                        from += T;
                     } else {
-                        W::Panel::multiply::<I, W, R, SMALL>(isa, &panels, acts, at, c);
-                        at.tokens += SMALL;
+                        W::Panel::multiply::<I, W, R, SMALL>(isa, &panels, x, from, c, &mut next);
+                        from += SMALL;
                     }
                 }
-            }
-        }
-        for t in tokens.clone() {
-            let (g, in_group) = (t / GROUP - groups.start, t % GROUP);
-            let out = &mut tile.row_mut(t)[first - cols.start..];
-            for (r, out) in out.chunks_mut(LANES).take(R).enumerate() {
-                let sums = &c[(g * R + r) * GROUP + in_group].0;
-                match out.first_chunk_mut::<LANES>() {
-                    Some(whole) => *whole = *sums,
-                    None => out.copy_from_slice(&sums[..out.len()]),
+                // At once, while the sums are in L1 and the next tile's work hides the stores.
+                if slab + 1 == slabs {
+                    for t in 0..n {
+                        let out = &mut tile.row_mut(group * GROUP + t)[first - cols.start..];
+                        for (r, out) in out.chunks_mut(LANES).take(R).enumerate() {
+                            let sums = &c[r * GROUP + t].0;
+                            match out.first_chunk_mut::<LANES>() {
+                                Some(whole) => *whole = *sums,
+                                None => out.copy_from_slice(&sums[..out.len()]),
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -225,26 +240,71 @@ fn unpack<I: Isa, W: PanelWeights>(
     W::unpack(isa, &rows, panel);
 }
 
-/// The bytes that will be unpacked next, brought near a few lines at a time while tiles run.
-struct NextSlab<'a> {
-    weights: &'a [u8],
-    row_bytes: usize,
-    first: usize,
-    rows: usize,
-    /// Offset in a row.
-    from: usize,
+/// The next group's activations and sums, asked for a few lines at a time
+/// while a tile runs: they come from L2, at a pace that the tile hides.
+pub struct NextGroup {
+    x: Lines,
+    c: Lines,
 }
 
-impl NextSlab<'_> {
-    /// Share `i` of `n`.
+struct Lines {
+    at: *const u8,
+    left: usize,
+}
+
+impl NextGroup {
+    /// Those that follow `x` and `c` in their arrays.
+    fn after<T>(x: &T, c: &[Sums]) -> Self {
+        let lines = size_of::<T>().div_ceil(64);
+        NextGroup {
+            x: Lines { at: (&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), left: lines },
+            c: Lines { at: c.as_ptr_range().end.cast(), left: c.len() },
+        }
+    }
+
+    /// To be called 16 times a group, or more.
     #[inline(always)]
-    fn prefetch<I: Isa>(&self, isa: I, slab_bytes: usize, i: usize, n: usize) {
-        let lines_a_row = slab_bytes.div_ceil(64);
-        let lines = lines_a_row * self.rows;
-        for line in i * lines / n..(i + 1) * lines / n {
-            let at = (self.first + line / lines_a_row) * self.row_bytes + self.from + line % lines_a_row * 64;
-            if let Some(bytes) = self.weights.get(at..) {
-                isa.prefetch(bytes, 0);
+    pub fn prefetch<I: Isa>(&mut self, isa: I) {
+        for lines in [&mut self.x, &mut self.c] {
+            if lines.left > 0 {
+                isa.prefetch(lines.at);
+                isa.prefetch(lines.at.wrapping_add(64));
+                *lines = Lines { at: lines.at.wrapping_add(128), left: lines.left.saturating_sub(2) };
+            }
+        }
+    }
+}
+
+/// The bytes that will be unpacked next, asked for a few lines at a time while tiles run.
+struct Ahead<'a> {
+    weights: &'a [u8],
+    row_bytes: usize,
+    lines_a_row: usize,
+    lines_a_call: usize,
+    rows_left: usize,
+    /// Offset of the row's first line, and which line is next.
+    row: usize,
+    line: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// `bytes` of each of `rows`, `from` on in each; all of them in `calls`.
+    fn new(weights: &'a [u8], row_bytes: usize, rows: std::ops::Range<usize>, from: usize, bytes: usize, calls: usize) -> Self {
+        let lines_a_row = bytes.div_ceil(64);
+        let lines_a_call = (lines_a_row * rows.len()).div_ceil(calls.max(1));
+        Ahead { weights, row_bytes, lines_a_row, lines_a_call, rows_left: rows.len(), row: rows.start * row_bytes + from, line: 0 }
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&mut self, isa: I) {
+        for _ in 0..self.lines_a_call {
+            if self.rows_left == 0 {
+                return;
+            }
+            isa.prefetch(self.weights.as_ptr().wrapping_add(self.row + 64 * self.line));
+            self.line += 1;
+            if self.line == self.lines_a_row {
+                (self.line, self.row, self.rows_left) = (0, self.row + self.row_bytes, self.rows_left - 1);
             }
         }
     }
@@ -296,15 +356,15 @@ fn biased_start<I: Isa, const R: usize, const T: usize>(isa: I, sums: &TokenInts
     p
 }
 
-/// C += sum; in the first slab, C = sum.
+/// C += sum.
 #[inline(always)]
-fn add_to<I: Isa, const R: usize, const T: usize>(isa: I, sum: &[[I::Float; T]; R], at: At, c: &mut [Sums]) {
+fn add_to<I: Isa, const R: usize, const T: usize>(isa: I, sum: &[[I::Float; T]; R], first: usize, c: &mut [Sums]) {
     let one = isa.splat(1.0);
     for r in 0..R {
+        let c: &mut [Sums; T] = c[r * GROUP + first..].first_chunk_mut().expect("a group's tokens");
         for t in 0..T {
-            let c = &mut c[r * GROUP + at.tokens + t].0;
-            let y = if at.slab == 0 { sum[r][t] } else { isa.mul_add(sum[r][t], one, isa.load_float(c)) };
-            isa.store_float(y, c);
+            let y = isa.mul_add(sum[r][t], one, isa.load_float(&c[t].0));
+            isa.store_float(y, &mut c[t].0);
         }
     }
 }

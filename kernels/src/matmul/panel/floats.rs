@@ -1,6 +1,6 @@
 //! The tile of types that are decoded to floats: F32, F16, BF16.
 
-use super::{At, LANES, Panel, PanelWeights, SLAB, Sums};
+use super::{LANES, NextGroup, Panel, PanelWeights, SLAB, Sums};
 use crate::isa::{GROUP, Isa, each};
 use crate::matmul::activation::Activations;
 
@@ -21,27 +21,35 @@ pub struct Floats {
 }
 
 impl Panel for Floats {
+    type Tokens = FloatBlock;
     const EMPTY: Self = Floats { w: [[0.0; LANES]; SLAB] };
+
+    fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {
+        acts.float_slab(slab)
+    }
 
     #[inline(always)]
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
         isa: I,
         panels: &[Self; R],
-        acts: &Activations,
-        at: At,
+        x: &FloatBlock,
+        first: usize,
         c: &mut [Sums],
+        next: &mut NextGroup,
     ) {
-        let x = &acts.float_slab(at.slab)[at.group];
         let mut sum = [[isa.zero_float(); T]; R];
         for (col, x) in x.x.iter().enumerate() {
+            if col % 16 == 0 {
+                next.prefetch(isa);
+            }
             let w: [I::Float; R] = each!(R, |r| isa.load_float(&panels[r].w[col]));
             for t in 0..T {
-                let x = isa.splat(x[at.tokens + t]);
+                let x = isa.splat(x[first + t]);
                 for r in 0..R {
                     sum[r][t] = isa.mul_add(w[r], x, sum[r][t]);
                 }
             }
         }
-        super::add_to(isa, &sum, at, c);
+        super::add_to(isa, &sum, first, c);
     }
 }

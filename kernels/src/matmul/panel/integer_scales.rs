@@ -12,7 +12,7 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::{At, LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use super::{LANES, NextGroup, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
 use crate::isa::{GROUP, Isa, Lanes, TokenInts, each};
 use crate::matmul::activation::Activations;
 
@@ -37,12 +37,17 @@ fn is_narrow<W: PanelWeights>(x: &QuantizedBlock) -> bool {
     let size = if W::SUB == 16 { 0 } else { 2 };
     // Without an offset q ≥ 0, so a sum is bounded by one sign's part.
     let (which, factor) = if W::OFFSET == 0 { (size + 1, W::MAX) } else { (size, W::OFFSET.max(W::MAX - W::OFFSET)) };
-    x.peaks.iter().all(|p| p[which] * factor < 1 << 15)
+    x.peaks[which] * factor < 1 << 15
 }
 
 impl Panel for IntegerScales {
+    type Tokens = QuantizedBlock;
     const EMPTY: Self =
         IntegerScales { q: [[0; LANES]; STEPS], scales: [[0; LANES]; 16], min_pairs: [[0; LANES]; 8], d: [0.0; LANES], dmin: [0.0; LANES] };
+
+    fn tokens(acts: &Activations, slab: usize) -> &[QuantizedBlock] {
+        acts.slab(slab)
+    }
 
     #[inline(always)]
     fn arrange<I: Isa>(&mut self, isa: I) {
@@ -53,18 +58,18 @@ impl Panel for IntegerScales {
     fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
         isa: I,
         panels: &[Self; R],
-        acts: &Activations,
-        at: At,
+        x: &QuantizedBlock,
+        first: usize,
         c: &mut [Sums],
+        next: &mut NextGroup,
     ) {
-        let x = &acts.slab(at.slab)[at.group];
         let mut acc = [[isa.zero_int(); T]; R];
         if W::SIGNED {
-            signed::<I, W, R, T>(isa, panels, x, at.tokens, &mut acc);
+            signed::<I, W, R, T>(isa, panels, x, first, &mut acc, next);
         } else if is_narrow::<W>(x) {
-            unsigned::<I, W, R, T, true>(isa, panels, x, at.tokens, &mut acc);
+            unsigned::<I, W, R, T, true>(isa, panels, x, first, &mut acc, next);
         } else {
-            unsigned::<I, W, R, T, false>(isa, panels, x, at.tokens, &mut acc);
+            unsigned::<I, W, R, T, false>(isa, panels, x, first, &mut acc, next);
         }
         let mut mins = [[isa.zero_int(); T]; R];
         if W::MINS {
@@ -73,21 +78,21 @@ impl Panel for IntegerScales {
                 for r in 0..R {
                     let m = isa.load_int(&panels[r].min_pairs[pair]);
                     for t in 0..T {
-                        mins[r][t] = isa.dot_pairs(mins[r][t], m, isa.splat_int(sums[at.tokens + t]));
+                        mins[r][t] = isa.dot_pairs(mins[r][t], m, isa.splat_int(sums[first + t]));
                     }
                 }
             }
         }
+        let dx: &[f32; T] = x.d[0][first..].first_chunk().expect("a group's tokens");
         for r in 0..R {
             let (d, dmin) = (isa.load_float(&panels[r].d), isa.load_float(&panels[r].dmin));
+            let c: &mut [Sums; T] = c[r * GROUP + first..].first_chunk_mut().expect("a group's tokens");
             for t in 0..T {
                 let mut y = isa.mul(isa.to_float(acc[r][t]), d);
                 if W::MINS {
                     y = isa.mul_add(isa.to_float(mins[r][t]), dmin, y);
                 }
-                let c = &mut c[r * GROUP + at.tokens + t].0;
-                let old = if at.slab == 0 { isa.zero_float() } else { isa.load_float(c) };
-                isa.store_float(isa.mul_add(y, isa.splat(x.d[0][at.tokens + t]), old), c);
+                isa.store_float(isa.mul_add(y, isa.splat(dx[t]), isa.load_float(&c[t].0)), &mut c[t].0);
             }
         }
     }
@@ -100,6 +105,7 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
     x: &QuantizedBlock,
     tokens: usize,
     acc: &mut [[I::Int; T]; R],
+    next: &mut NextGroup,
 ) {
     let mut init = [[0i32; GROUP]; 16];
     if W::OFFSET != 0 {
@@ -110,6 +116,7 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
     }
     let steps = W::SUB / 4;
     for sub in 0..256 / W::SUB {
+        next.prefetch(isa);
         let range = sub * steps..(sub + 1) * steps;
         let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[range.clone()]);
         let scale: [&Lanes; R] = each!(R, |r| &panels[r].scales[sub]);
@@ -132,9 +139,11 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
     x: &QuantizedBlock,
     tokens: usize,
     acc: &mut [[I::Int; T]; R],
+    next: &mut NextGroup,
 ) {
     let steps = W::SUB / 4;
     for sub in 0..256 / W::SUB {
+        next.prefetch(isa);
         let sums = if W::SUB == 16 { &x.sums_16[sub] } else { &x.sums_32[sub % 8] };
         let mut p = super::biased_start::<I, R, T>(isa, sums, tokens);
         let range = sub * steps..(sub + 1) * steps;
