@@ -275,6 +275,11 @@ pub struct Tile<'a, T = f32> {
 }
 
 impl<T> Tile<'_, T> {
+    /// Values from a row to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// This tile's part of `row`, a row of the whole matrix.
     #[inline(always)]
     pub fn row_mut(&mut self, row: usize) -> &mut [T] {

@@ -107,7 +107,7 @@ pub trait Panel: Sized {
         x: &Self::Tokens,
         first: usize,
         c: &mut [Sums],
-        next: &mut NextGroup,
+        next: &mut Upcoming,
     );
 }
 
@@ -178,8 +178,9 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
             let activations = &W::Panel::tokens(acts, slab)[groups.clone()];
             for ((group, x), c) in groups.clone().zip(activations).zip(c.chunks_exact_mut(R * GROUP)) {
                 ahead.prefetch(isa);
-                let mut next = NextGroup::after(x, c);
                 let n = GROUP.min(tokens.end - group * GROUP);
+                let out = tile.row_mut(group * GROUP)[first - cols.start..].as_ptr();
+                let mut next = Upcoming::after(x, c, out.cast(), if slab + 1 == slabs { n } else { 0 }, tile.stride() * size_of::<f32>());
                 let mut from = 0;
                 while from < n {
                     if from + T <= GROUP && from + T < n + SMALL {
@@ -240,38 +241,62 @@ fn unpack<I: Isa, W: PanelWeights>(
     W::unpack(isa, &rows, panel);
 }
 
-/// The next group's activations and sums, asked for a few lines at a time
-/// while a tile runs: they come from L2, at a pace that the tile hides.
-pub struct NextGroup {
+/// What a tile asks for while it runs, a few lines at a time, at a pace that
+/// it hides: the next group's activations and sums from L2, and in the last
+/// slab where this group's sums will go.
+pub struct Upcoming {
     x: Lines,
     c: Lines,
+    out: Lines,
 }
 
+/// `left` cache lines, `run` of them in a row, the rows `stride` bytes apart.
 struct Lines {
     at: *const u8,
     left: usize,
+    in_run: usize,
+    run: usize,
+    stride: usize,
 }
 
-impl NextGroup {
-    /// Those that follow `x` and `c` in their arrays.
-    fn after<T>(x: &T, c: &[Sums]) -> Self {
+impl Lines {
+    fn new(at: *const u8, left: usize, run: usize, stride: usize) -> Self {
+        Lines { at, left, in_run: 0, run, stride }
+    }
+
+    #[inline(always)]
+    fn prefetch_two<I: Isa>(&mut self, isa: I) {
+        if self.left == 0 {
+            return;
+        }
+        isa.prefetch(self.at);
+        isa.prefetch(self.at.wrapping_add(64));
+        self.left = self.left.saturating_sub(2);
+        (self.at, self.in_run) = (self.at.wrapping_add(128), self.in_run + 2);
+        if self.in_run >= self.run {
+            (self.at, self.in_run) = (self.at.wrapping_add(self.stride).wrapping_sub(64 * self.in_run), 0);
+        }
+    }
+}
+
+impl Upcoming {
+    /// What follows `x` and `c` in their arrays; `runs` of R vectors from `out` on, `stride` bytes apart.
+    fn after<T>(x: &T, c: &[Sums], out: *const u8, runs: usize, stride: usize) -> Self {
         let lines = size_of::<T>().div_ceil(64);
-        NextGroup {
-            x: Lines { at: (&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), left: lines },
-            c: Lines { at: c.as_ptr_range().end.cast(), left: c.len() },
+        let run = c.len() / GROUP;
+        Upcoming {
+            x: Lines::new((&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), lines, lines, 0),
+            c: Lines::new(c.as_ptr_range().end.cast(), c.len(), c.len(), 0),
+            out: Lines::new(out, runs * run, run, stride),
         }
     }
 
     /// To be called 16 times a group, or more.
     #[inline(always)]
     pub fn prefetch<I: Isa>(&mut self, isa: I) {
-        for lines in [&mut self.x, &mut self.c] {
-            if lines.left > 0 {
-                isa.prefetch(lines.at);
-                isa.prefetch(lines.at.wrapping_add(64));
-                *lines = Lines { at: lines.at.wrapping_add(128), left: lines.left.saturating_sub(2) };
-            }
-        }
+        self.x.prefetch_two(isa);
+        self.c.prefetch_two(isa);
+        self.out.prefetch_two(isa);
     }
 }
 

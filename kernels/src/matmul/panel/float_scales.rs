@@ -7,7 +7,7 @@
 //!     C += p · (d · d_x)  +  m · (d_x·Σx)      (float, 16 rows in lanes)
 //! ```
 
-use super::{LANES, NextGroup, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use super::{LANES, Upcoming, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
 use crate::isa::{Isa, Lanes, each};
 use crate::matmul::activation::Activations;
 
@@ -38,7 +38,7 @@ impl Panel for FloatScales {
         x: &QuantizedBlock,
         first: usize,
         c: &mut [Sums],
-        next: &mut NextGroup,
+        next: &mut Upcoming,
     ) {
         let mut sum = [[isa.zero_float(); T]; R];
         for block in 0..8 {

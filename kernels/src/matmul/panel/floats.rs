@@ -1,6 +1,6 @@
 //! The tile of types that are decoded to floats: F32, F16, BF16.
 
-use super::{LANES, NextGroup, Panel, PanelWeights, SLAB, Sums};
+use super::{LANES, Upcoming, Panel, PanelWeights, SLAB, Sums};
 use crate::isa::{GROUP, Isa, each};
 use crate::matmul::activation::Activations;
 
@@ -35,7 +35,7 @@ impl Panel for Floats {
         x: &FloatBlock,
         first: usize,
         c: &mut [Sums],
-        next: &mut NextGroup,
+        next: &mut Upcoming,
     ) {
         let mut sum = [[isa.zero_float(); T]; R];
         for (col, x) in x.x.iter().enumerate() {

@@ -12,7 +12,7 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::{LANES, NextGroup, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use super::{LANES, Upcoming, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
 use crate::isa::{GROUP, Isa, Lanes, TokenInts, each};
 use crate::matmul::activation::Activations;
 
@@ -61,7 +61,7 @@ impl Panel for IntegerScales {
         x: &QuantizedBlock,
         first: usize,
         c: &mut [Sums],
-        next: &mut NextGroup,
+        next: &mut Upcoming,
     ) {
         let mut acc = [[isa.zero_int(); T]; R];
         if W::SIGNED {
@@ -105,7 +105,7 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
     x: &QuantizedBlock,
     tokens: usize,
     acc: &mut [[I::Int; T]; R],
-    next: &mut NextGroup,
+    next: &mut Upcoming,
 ) {
     let mut init = [[0i32; GROUP]; 16];
     if W::OFFSET != 0 {
@@ -139,7 +139,7 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
     x: &QuantizedBlock,
     tokens: usize,
     acc: &mut [[I::Int; T]; R],
-    next: &mut NextGroup,
+    next: &mut Upcoming,
 ) {
     let steps = W::SUB / 4;
     for sub in 0..256 / W::SUB {
