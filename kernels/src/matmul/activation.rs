@@ -11,7 +11,7 @@
 //! that the tile kernels of `panel.rs` read one stream.
 
 use super::panel::{FloatBlock, QuantizedBlock, SLAB};
-use crate::isa::{self, GROUP, Isa, Op};
+use crate::isa::{self, GROUP, Isa, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use std::cell::RefCell;
 
@@ -237,14 +237,14 @@ impl Op for QuantizeRows<'_> {
 /// A block of a panel, filled token by token.
 trait PanelBlock: Send + Sync {
     /// Token `t`'s values of this slab (fewer at the end of a row).
-    fn put(&mut self, t: usize, x: &[f32], format: ActivationFormat);
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat);
     /// After all tokens.
     fn finish(&mut self);
 }
 
 impl PanelBlock for FloatBlock {
     #[inline(always)]
-    fn put(&mut self, t: usize, x: &[f32], _: ActivationFormat) {
+    fn put<I: Isa>(&mut self, _: I, t: usize, x: &[f32], _: ActivationFormat) {
         for (i, out) in self.x.iter_mut().enumerate() {
             out[t] = x.get(i).copied().unwrap_or(0.0);
         }
@@ -256,7 +256,7 @@ impl PanelBlock for FloatBlock {
 
 impl PanelBlock for QuantizedBlock {
     #[inline(always)]
-    fn put(&mut self, t: usize, x: &[f32], format: ActivationFormat) {
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
         let run = format.run_len();
         let mut q = [0u8; SLAB];
         for (i, q) in q.chunks_exact_mut(run).enumerate() {
@@ -266,11 +266,10 @@ impl PanelBlock for QuantizedBlock {
         for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
             out[t] = q.map(|v| v as i8);
         }
-        let (mut sums, mut sizes) = ([0i32; 16], [0i32; 16]);
-        for ((sum, size), q) in sums.iter_mut().zip(&mut sizes).zip(q.as_chunks::<16>().0) {
-            *sum = q.iter().map(|&v| i32::from(v as i8)).sum();
-            *size = q.iter().map(|&v| i32::from(v as i8).abs()).sum();
-        }
+        let mut magnitudes = q;
+        magnitudes.iter_mut().for_each(|v| *v = (*v as i8).unsigned_abs());
+        let ones = [1u8; SLAB];
+        let (sums, sizes) = (sums_of_16(isa, &ones, &q), sums_of_16(isa, &magnitudes, &ones));
         for (s, sum) in sums.iter().enumerate() {
             self.sums_16[s][t] = *sum;
         }
@@ -306,6 +305,17 @@ impl PanelBlock for QuantizedBlock {
     }
 }
 
+/// Σ u·s of each 16; `u` and `s` as of [`Isa::dot_unsigned`].
+#[inline(always)]
+fn sums_of_16<I: Isa>(isa: I, u: &[u8; SLAB], s: &[u8; SLAB]) -> [i32; 16] {
+    let mut fours = [0.0f32; SLAB / 4];
+    for ((out, u), s) in fours.as_chunks_mut::<16>().0.iter_mut().zip(u.as_chunks().0).zip(s.as_chunks().0) {
+        // Exact: below 2^24.
+        isa.store_float(isa.to_float(isa.dot_unsigned(isa.zero_int(), isa.load(u), isa.load(s))), out);
+    }
+    each!(16, |i| (fours[4 * i] + fours[4 * i + 1] + fours[4 * i + 2] + fours[4 * i + 3]) as i32)
+}
+
 struct FillGroup<'a, 'b, B> {
     n_tokens: usize,
     cols: usize,
@@ -319,7 +329,7 @@ impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
     type Out = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) {
+    fn run<I: Isa>(self, isa: I) {
         let first = self.tile.cols.start * GROUP;
         let mut row = ROW.take();
         row.resize(self.cols, 0.0);
@@ -330,7 +340,7 @@ impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
                 row.fill(0.0);
             }
             for (slab, x) in row.chunks(SLAB).enumerate() {
-                self.tile.row_mut(slab)[0].put(t, x, self.format);
+                self.tile.row_mut(slab)[0].put(isa, t, x, self.format);
             }
         }
         ROW.set(row);
