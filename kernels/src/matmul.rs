@@ -33,8 +33,9 @@ pub trait WeightDot: PanelWeights {
     /// Largest error against [`reference`], as a share of Σ |weight·activation|.
     const TOLERANCE: f32;
 
-    /// R rows of weights, whose streams thus overlap, with one token's activations.
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R];
+    /// R rows of weights, whose streams thus overlap, with one token's
+    /// activations; in each, the lines `ahead` bytes further are asked for.
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R];
 }
 
 /// A row of the table.
@@ -62,11 +63,11 @@ const STREAMS: usize = 4;
 /// Bytes that a decode step asks for ahead in each stream.
 const AHEAD: usize = 1024;
 
-/// Asks for the lines of a block's worth of bytes, `AHEAD` of where it is read.
+/// Asks for the lines of a block's worth of bytes, `ahead` of where it is read.
 #[inline(always)]
-fn prefetch_block<I: Isa>(isa: I, block: &[u8]) {
+fn prefetch_block<I: Isa>(isa: I, block: &[u8], ahead: usize) {
     for line in (0..block.len()).step_by(64) {
-        isa.prefetch(block.as_ptr().wrapping_add(AHEAD + line));
+        isa.prefetch(block.as_ptr().wrapping_add(ahead + line));
     }
 }
 
@@ -95,14 +96,16 @@ impl<W: WeightDot> Op for TileOp<'_, '_, W> {
             let part = rows.len() / STREAMS;
             for i in 0..part {
                 let from = each!(STREAMS, |k| (rows.start + k * part + i) * row_bytes);
-                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| &weights[from[k]..from[k] + row_bytes]), &x);
+                // What comes after a stream's last row is its place in the next tile.
+                let ahead = if i + 1 < part { AHEAD } else { AHEAD + (rows.len() - part) * row_bytes };
+                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| &weights[from[k]..from[k] + row_bytes]), ahead, &x);
                 for (k, y) in y.into_iter().enumerate() {
                     out[k * part + i] = y;
                 }
             }
             for i in STREAMS * part..rows.len() {
                 let from = (rows.start + i) * row_bytes;
-                out[i] = W::dot::<I, 1>(isa, [&weights[from..from + row_bytes]], &x)[0];
+                out[i] = W::dot::<I, 1>(isa, [&weights[from..from + row_bytes]], AHEAD, &x)[0];
             }
         }
     }

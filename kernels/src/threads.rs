@@ -100,16 +100,22 @@ impl Pool {
         }
     }
 
-    /// Calls `f(i)` once for each `i < n`, on whichever thread is free.
+    /// Calls `f(i)` once for each `i < n`. Each thread goes through a run of
+    /// its own, so that what lies side by side is read in order by one core,
+    /// and then helps with the others'.
     pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
-        let next = AtomicUsize::new(0);
-        self.run(&|_| {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= n {
-                    return;
+        let threads = self.n_threads();
+        let next: Vec<Line<AtomicUsize>> = (0..threads).map(|t| Line(AtomicUsize::new(t * n / threads))).collect();
+        self.run(&|own| {
+            for owner in (own..threads).chain(0..own) {
+                let end = (owner + 1) * n / threads;
+                loop {
+                    let i = next[owner].0.fetch_add(1, Ordering::Relaxed);
+                    if i >= end {
+                        break;
+                    }
+                    f(i);
                 }
-                f(i);
             }
         });
     }
@@ -129,6 +135,10 @@ impl Pool {
         });
     }
 }
+
+/// On a cache line of its own.
+#[repr(align(64))]
+struct Line<T>(T);
 
 /// Waits for the workers, whatever happens to the caller's own share.
 struct Finish<'a>(&'a Shared);
