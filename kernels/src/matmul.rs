@@ -61,7 +61,7 @@ struct Row<I, W> {
 const STREAMS: usize = 4;
 
 /// Bytes that a decode step asks for ahead in each stream.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 
 /// Asks for the lines of a block's worth of bytes, `ahead` of where it is read.
 #[inline(always)]
