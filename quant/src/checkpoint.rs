@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use gguf::Mapping;
-use half::f16;
+use gguf::blocks::DecodeFn;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
@@ -184,12 +184,14 @@ impl Checkpoint {
     pub fn rows(&self, name: &str) -> Result<Rows<'_>> {
         let entry = self.tensors.get(name).ok_or_else(|| Error::MissingTensor { tensor: name.to_owned(), path: self.folder.clone() })?;
         let convert = match entry.dtype {
-            Dtype::F32 => Convert::F32,
-            Dtype::F16 => Convert::F16,
-            Dtype::BF16 => Convert::Bf16,
-            Dtype::F8_E4M3 => Convert::Fp8(self.fp8_scale(name, entry)?),
-            other => return Err(self.bad_tensor(name, format!("its type {other:?} is not supported (F32, F16, BF16 and F8_E4M3 are)"))),
+            Dtype::F32 => Convert::plain(&gguf::blocks::F32),
+            Dtype::F16 => Convert::plain(&gguf::blocks::F16),
+            Dtype::BF16 => Convert::plain(&gguf::blocks::BF16),
+            Dtype::F8_E4M3 => Some(Convert::Fp8(self.fp8_scale(name, entry)?)),
+            _ => None,
         };
+        let unsupported = || self.bad_tensor(name, format!("its type {:?} is not supported (F32, F16, BF16 and F8_E4M3 are)", entry.dtype));
+        let convert = convert.ok_or_else(unsupported)?;
         let cols = entry.shape.last().copied().unwrap_or(1);
         let elements: u64 = entry.shape.iter().product();
         if elements == 0 {
@@ -314,10 +316,14 @@ struct Fp8Scale {
 
 #[derive(Debug, Clone)]
 enum Convert {
-    F32,
-    F16,
-    Bf16,
+    Plain { value_bytes: usize, decode: DecodeFn },
     Fp8(Fp8Scale),
+}
+
+impl Convert {
+    fn plain(block: &gguf::BlockType) -> Option<Convert> {
+        Some(Convert::Plain { value_bytes: block.block_bytes, decode: kernels::encode::decoder(block)? })
+    }
 }
 
 /// A tensor as rows (its innermost dimension) of f32, converted from the map.
@@ -333,8 +339,7 @@ pub struct Rows<'a> {
 impl Rows<'_> {
     fn size(&self) -> usize {
         match self.convert {
-            Convert::F32 => 4,
-            Convert::F16 | Convert::Bf16 => 2,
+            Convert::Plain { value_bytes, .. } => value_bytes,
             Convert::Fp8(_) => 1,
         }
     }
@@ -345,21 +350,7 @@ impl Rows<'_> {
         let start = self.range.start + r * self.cols * size;
         let bytes = &self.mapping.bytes()[start..start + self.cols * size];
         match &self.convert {
-            Convert::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *o = f32::from_le_bytes(*b);
-                }
-            }
-            Convert::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *o = f16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Convert::Bf16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-                }
-            }
+            Convert::Plain { decode, .. } => decode(bytes, out),
             Convert::Fp8(scale) => {
                 let down = r / scale.block_rows;
                 for (c, (o, b)) in out.iter_mut().zip(bytes).enumerate() {

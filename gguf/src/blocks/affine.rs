@@ -18,11 +18,13 @@
 //! Sixteen sub-blocks (two super-blocks) ride side by side in lanes, so that
 //! the compiler turns each inner loop into vector instructions of whatever
 //! ISA the function is compiled for; results do not depend on the ISA,
-//! because every lane computes the same operations in the same order.
+//! because every lane computes the same operations in the same order. Each
+//! loop over the 32 values also adds something up: without a sum to keep in
+//! order the compiler would vectorise over the values, and gather and scatter.
 
 use super::k_scales;
 use super::legacy::{inverse, put_f16};
-use half::f16;
+use super::plain::{f16_to_f32, f32_to_f16};
 
 const LANES: usize = 16;
 const SUB: usize = 32;
@@ -57,34 +59,68 @@ pub fn encode<const TOP: i32>(values: &[f32], importance: Option<&[f32]>, mut st
         // An odd last super-block rides twice; its copy is not stored.
         let blocks = [first, (first + 1).min(n - 1)];
         for (half, &b) in blocks.iter().enumerate() {
-            let importance = importance.map(|h| &h[256 * b..256 * (b + 1)]);
-            load(&values[256 * b..256 * (b + 1)], importance, half * 8, &mut x, &mut w);
+            transpose(&values[256 * b..256 * (b + 1)], half * 8, &mut x);
+            if let Some(h) = importance {
+                transpose(&h[256 * b..256 * (b + 1)], half * 8, &mut w);
+            }
         }
-        let (s, m) = fit::<TOP>(&x, &w);
+        let total = weigh(&x, importance.is_some(), &mut w);
+        let (s, m) = fit::<TOP>(&x, &w, &total);
         let out = round_scales::<TOP>(&x, &w, &s, &m);
         for (half, &b) in blocks.iter().enumerate() {
             if half == 0 || b != first {
-                store(b, &out[half]);
+                store(b, &finish::<TOP>(&values[256 * b..256 * (b + 1)], &out, half));
             }
         }
     }
 }
 
-/// Transposes a super-block into lanes `lane..lane + 8` and derives the weights.
+/// A super-block's sub-blocks into lanes `lane..lane + 8`.
 #[inline(always)]
-fn load(values: &[f32], importance: Option<&[f32]>, lane: usize, x: &mut [Lane; SUB], w: &mut [Lane; SUB]) {
-    let sigma2 = 2.0 * values.iter().map(|v| v * v).sum::<f32>() / 256.0;
+fn transpose(values: &[f32], lane: usize, x: &mut [Lane; SUB]) {
     for sub in 0..8 {
         let v = &values[SUB * sub..SUB * (sub + 1)];
-        let rms = (v.iter().map(|v| v * v).sum::<f32>() / SUB as f32).sqrt();
         for j in 0..SUB {
             x[j][lane + sub] = v[j];
-            w[j][lane + sub] = match importance {
-                None => rms + v[j].abs(),
-                Some(h) => h[SUB * sub + j] * (sigma2 + v[j] * v[j]).sqrt(),
-            };
         }
     }
+}
+
+/// ω of each value, into `w`, which holds the importances if there are any; and Σ ω.
+#[inline(always)]
+fn weigh(x: &[Lane; SUB], important: bool, w: &mut [Lane; SUB]) -> Lane {
+    let mut total = [0.0f32; LANES];
+    let mut squares = [0.0f32; LANES];
+    for j in 0..SUB {
+        for l in 0..LANES {
+            squares[l] += x[j][l] * x[j][l];
+        }
+    }
+    if important {
+        let mut sigma2 = [0.0f32; LANES];
+        for half in [0, 8] {
+            let all = 2.0 * squares[half..half + 8].iter().sum::<f32>() / 256.0;
+            sigma2[half..half + 8].fill(all);
+        }
+        for j in 0..SUB {
+            for l in 0..LANES {
+                w[j][l] *= (sigma2[l] + x[j][l] * x[j][l]).sqrt();
+                total[l] += w[j][l];
+            }
+        }
+        return total;
+    }
+    let mut rms = [0.0f32; LANES];
+    for l in 0..LANES {
+        rms[l] = (squares[l] / SUB as f32).sqrt();
+    }
+    for j in 0..SUB {
+        for l in 0..LANES {
+            w[j][l] = rms[l] + x[j][l].abs();
+            total[l] += w[j][l];
+        }
+    }
+    total
 }
 
 /// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no
@@ -103,18 +139,18 @@ fn clamp(x: f32, top: f32) -> f32 {
 
 /// Step 1: float (scale, min) a lane, min given as the positive amount subtracted.
 #[inline(always)]
-fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB]) -> (Lane, Lane) {
+fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
     let top = TOP as f32;
     let (mut lo, mut hi) = ([0.0f32; LANES], x[0]);
-    let (mut sw, mut swx, mut swx2) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    let (mut swx, mut swx2, mut wx) = ([0.0f32; LANES], [0.0f32; LANES], [[0.0f32; LANES]; SUB]);
     for j in 0..SUB {
         for l in 0..LANES {
             let (v, wt) = (x[j][l], w[j][l]);
             lo[l] = if v < lo[l] { v } else { lo[l] };
             hi[l] = if v > hi[l] { v } else { hi[l] };
-            sw[l] += wt;
-            swx[l] += wt * v;
-            swx2[l] += wt * v * v;
+            wx[j][l] = wt * v;
+            swx[l] += wx[j][l];
+            swx2[l] += wx[j][l] * v;
         }
     }
     let (mut best, mut scale, mut min) = ([f32::INFINITY; LANES], [0.0f32; LANES], [0.0f32; LANES]);
@@ -132,11 +168,12 @@ fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB]) -> (Lane, Lane) {
         let (mut sq, mut sqq, mut sqx) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
         for j in 0..SUB {
             for l in 0..LANES {
-                let q = clamp(nearest(inv[l] * (x[j][l] - lo[l])), top);
+                let q = nearest(inv[l] * (x[j][l] - lo[l]));
+                let q = if q < top { q } else { top };
                 let wq = w[j][l] * q;
                 sq[l] += wq;
                 sqq[l] += wq * q;
-                sqx[l] += wq * x[j][l];
+                sqx[l] += wx[j][l] * q;
             }
         }
         for l in 0..LANES {
@@ -200,7 +237,7 @@ impl Rounded {
 
 /// Steps 2 to 4.
 #[inline(always)]
-fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> [SuperBlock; 2] {
+fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> Rounded {
     let mut d = [0.0f32; 2];
     let mut dmin = [0.0f32; 2];
     for half in 0..2 {
@@ -216,8 +253,10 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
             m[l] = best.dmin[l / 8] * best.min[l];
         }
         let again = search_integers::<TOP>(x, w, &s, &m, d, dmin);
+        let mut improved = false;
         for half in 0..2 {
             if again.error_of(half) < best.error_of(half) {
+                improved = true;
                 best.d[half] = again.d[half];
                 best.dmin[half] = again.dmin[half];
                 for l in 8 * half..8 * half + 8 {
@@ -225,13 +264,16 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
                 }
             }
         }
+        if !improved {
+            break; // The next round would be this one again.
+        }
     }
-    [finish::<TOP>(x, &best, 0), finish::<TOP>(x, &best, 1)]
+    best
 }
 
 #[inline(always)]
 fn f16_of(x: f32) -> f32 {
-    f16::from_f32(x).to_f32()
+    f16_to_f32(f32_to_f16(x))
 }
 
 /// Step 3: the integer scale and min around the float ones with the least error.
@@ -299,18 +341,24 @@ fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32
     (d, dmin)
 }
 
+/// The super-block in lanes `8 * half..`, from its values in their own order.
 #[inline(always)]
-fn finish<const TOP: i32>(x: &[Lane; SUB], r: &Rounded, half: usize) -> SuperBlock {
+fn finish<const TOP: i32>(values: &[f32], r: &Rounded, half: usize) -> SuperBlock {
     let mut out = SuperBlock { d: r.d[half], dmin: r.dmin[half], scales: [0; 8], mins: [0; 8], q: [[0; SUB]; 8] };
     for sub in 0..8 {
         let l = 8 * half + sub;
-        out.scales[sub] = r.scale[l] as u8;
-        out.mins[sub] = r.min[l] as u8;
-        let (s, m) = (out.d * r.scale[l], out.dmin * r.min[l]);
-        let inv = inverse(s);
-        for j in 0..SUB {
-            out.q[sub][j] = clamp(nearest((x[j][l] + m) * inv), TOP as f32) as u8;
+        (out.scales[sub], out.mins[sub]) = (to_byte(r.scale[l]), to_byte(r.min[l]));
+        let (m, inv) = (out.dmin * r.min[l], inverse(out.d * r.scale[l]));
+        for (q, v) in out.q[sub].iter_mut().zip(&values[SUB * sub..SUB * (sub + 1)]) {
+            *q = to_byte(clamp(nearest((v + m) * inv), TOP as f32));
         }
     }
     out
+}
+
+/// A small non-negative integer. Not a cast, which saturates value by value.
+#[inline(always)]
+fn to_byte(x: f32) -> u8 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC).to_bits() as u8
 }

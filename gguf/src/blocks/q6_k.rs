@@ -4,8 +4,8 @@
 //! j + 32 and j + 96; qh[j] holds their top two bits in that order of value.
 
 use super::legacy::{f16_at, inverse, put_f16};
+use super::plain::{f16_to_f32, f32_to_f16};
 use super::{Codec, Encode};
-use half::f16;
 
 pub struct Q6K;
 
@@ -42,37 +42,48 @@ impl Encode for Q6K {
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
         for (i, (v, b)) in values.chunks_exact(256).zip(out.chunks_exact_mut(210)).enumerate() {
-            let mut x = [[0.0f32; LANES]; SUB];
             let mut w = [[0.0f32; LANES]; SUB];
-            for sub in 0..LANES {
-                for j in 0..SUB {
-                    x[j][sub] = v[SUB * sub + j];
-                    w[j][sub] = match importance {
-                        None => x[j][sub] * x[j][sub],
-                        Some(h) => h[256 * i + SUB * sub + j],
-                    };
-                }
+            let x = transpose(v);
+            if let Some(h) = importance {
+                w = transpose(&h[256 * i..256 * (i + 1)]);
             }
-            encode_block(&x, &w, b);
+            encode_block(v, &x, &mut w, importance.is_some(), b);
         }
     }
 }
 
+/// Sub-blocks into lanes.
+#[inline(always)]
+fn transpose(values: &[f32]) -> [Lane; SUB] {
+    let mut x = [[0.0f32; LANES]; SUB];
+    for sub in 0..LANES {
+        for j in 0..SUB {
+            x[j][sub] = values[SUB * sub + j];
+        }
+    }
+    x
+}
+
+/// 1.5 · 2^23: adding it leaves no room for a fraction.
+const MAGIC: f32 = 12_582_912.0;
+
 /// Nearest integer clamped to −32..=31 (see `affine::nearest`).
 #[inline(always)]
 fn quant(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0;
     let q = (x + MAGIC) - MAGIC;
     let q = if q > -32.0 { q } else { -32.0 };
     if q < 31.0 { q } else { 31.0 }
 }
 
 #[inline(always)]
-fn fit(x: &[Lane; SUB], w: &[Lane; SUB]) -> Lane {
-    let mut peak = [0.0f32; LANES];
-    for row in x {
+fn fit(x: &[Lane; SUB], w: &mut [Lane; SUB], important: bool) -> Lane {
+    let (mut peak, mut wx) = ([0.0f32; LANES], [[0.0f32; LANES]; SUB]);
+    for j in 0..SUB {
         for l in 0..LANES {
-            peak[l] = if row[l].abs() > peak[l].abs() { row[l] } else { peak[l] };
+            let v = x[j][l];
+            peak[l] = if v.abs() > peak[l].abs() { v } else { peak[l] };
+            w[j][l] = if important { w[j][l] } else { v * v };
+            wx[j][l] = w[j][l] * v;
         }
     }
     let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
@@ -85,7 +96,7 @@ fn fit(x: &[Lane; SUB], w: &[Lane; SUB]) -> Lane {
         for j in 0..SUB {
             for l in 0..LANES {
                 let q = quant(inv[l] * x[j][l]);
-                qx[l] += w[j][l] * x[j][l] * q;
+                qx[l] += wx[j][l] * q;
                 qq[l] += w[j][l] * q * q;
             }
         }
@@ -138,24 +149,27 @@ fn integers(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, d: f32) -> (Lane, Lane) 
 }
 
 #[inline(always)]
-fn encode_block(x: &[Lane; SUB], w: &[Lane; SUB], b: &mut [u8]) {
-    let s = fit(x, w);
+fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important: bool, b: &mut [u8]) {
+    let s = fit(x, w, important);
     let peak = s.iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
     b.fill(0);
     if peak.abs() < 1e-15 {
         return;
     }
-    let mut d = f16::from_f32(peak / -128.0).to_f32();
+    let mut d = f16_to_f32(f32_to_f16(peak / -128.0));
     let (mut scales, mut err) = integers(x, w, &s, d);
-    let (mut qx, mut qq) = (0.0f32, 0.0f32);
+    let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        inv[l] = inverse(d * scales[l]);
+    }
     for j in 0..SUB {
         for l in 0..LANES {
-            let a = scales[l] * quant(x[j][l] * inverse(d * scales[l]));
-            qx += w[j][l] * a * x[j][l];
-            qq += w[j][l] * a * a;
+            let a = scales[l] * quant(x[j][l] * inv[l]);
+            qx[l] += w[j][l] * a * x[j][l];
+            qq[l] += w[j][l] * a * a;
         }
     }
-    let refitted = f16::from_f32(qx / qq).to_f32();
+    let refitted = f16_to_f32(f32_to_f16(qx.iter().sum::<f32>() / qq.iter().sum::<f32>()));
     if refitted.is_finite() && refitted != 0.0 {
         let (again, err_again) = integers(x, w, &s, refitted);
         if err_again.iter().sum::<f32>() < err.iter().sum::<f32>() {
@@ -168,8 +182,9 @@ fn encode_block(x: &[Lane; SUB], w: &[Lane; SUB], b: &mut [u8]) {
     for l in 0..LANES {
         b[192 + l] = scales[l] as i8 as u8;
         let inv = inverse(d * scales[l]);
-        for j in 0..SUB {
-            q[SUB * l + j] = (quant(x[j][l] * inv) + 32.0) as u8;
+        for (q, v) in q[SUB * l..SUB * (l + 1)].iter_mut().zip(&values[SUB * l..SUB * (l + 1)]) {
+            // The low bits of the sum are the integer: not a cast, which saturates value by value.
+            *q = (quant(v * inv) + (32.0 + MAGIC)).to_bits() as u8;
         }
     }
     for half in 0..2 {

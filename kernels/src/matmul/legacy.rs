@@ -119,7 +119,12 @@ fn dot<I: Isa, U: Unpack, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize
 }
 
 #[inline(always)]
-fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(
+    isa: I,
+    rows: [&[u8]; R],
+    ahead: usize,
+    x: &ActivationRow<'_>,
+) -> [f32; R] {
     let n_blocks = rows[0].len() / BYTES;
     let mut acc = [isa.zero_float(); R];
     let mut mins = [[0.0f32; 4]; R];

@@ -7,7 +7,7 @@
 //!     C += p · (d · d_x)  +  m · (d_x·Σx)      (float, 16 rows in lanes)
 //! ```
 
-use super::{LANES, Upcoming, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use super::{LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
 use crate::isa::{Isa, Lanes, each};
 use crate::matmul::activation::Activations;
 

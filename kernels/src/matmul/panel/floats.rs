@@ -1,6 +1,6 @@
 //! The tile of types that are decoded to floats: F32, F16, BF16.
 
-use super::{LANES, Upcoming, Panel, PanelWeights, SLAB, Sums};
+use super::{LANES, Panel, PanelWeights, SLAB, Sums, Upcoming};
 use crate::isa::{GROUP, Isa, each};
 use crate::matmul::activation::Activations;
 

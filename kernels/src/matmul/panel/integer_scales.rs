@@ -12,7 +12,7 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::{LANES, Upcoming, Panel, PanelWeights, QuantizedBlock, STEPS, Sums};
+use super::{LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
 use crate::isa::{GROUP, Isa, Lanes, TokenInts, each};
 use crate::matmul::activation::Activations;
 
