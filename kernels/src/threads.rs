@@ -5,6 +5,7 @@
 //! The pool hands out *tiles* of output matrices, each exactly once, which is
 //! what makes concurrent writes into one buffer safe without locks.
 
+use crate::error::{Error, Result};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,13 +60,25 @@ impl Pool {
             gate: Mutex::new(()),
             wake: Condvar::new(),
         });
+        let cpus = forced_cpus().ok().flatten();
+        let cpu = |i: usize| cpus.as_ref().map(|c| c[i % c.len()]);
         let workers = (1..n)
             .filter_map(|i| {
-                let shared = shared.clone();
+                let (shared, cpu) = (shared.clone(), cpu(i));
+                let run = move || {
+                    if let Some(cpu) = cpu {
+                        pin(cpu);
+                    }
+                    worker(&shared, i);
+                };
                 // A thread that cannot be had only makes the pool smaller.
-                std::thread::Builder::new().name(format!("grist-{i}")).spawn(move || worker(&shared, i)).ok()
+                std::thread::Builder::new().name(format!("grist-{i}")).spawn(run).ok()
             })
             .collect();
+        // After the others are made, as a thread starts where its maker may run.
+        if let Some(cpu) = cpu(0) {
+            pin(cpu);
+        }
         Pool { shared, workers, turn: Mutex::new(()) }
     }
 
@@ -204,15 +217,107 @@ fn worker(s: &Shared, index: usize) {
     }
 }
 
-/// `GRIST_THREADS`, else what the system grants this process (a container's
-/// CPU limit and affinity included).
+/// `GRIST_THREADS`, else one for each of `GRIST_CPUS`, else what the system
+/// grants this process (a container's CPU limit and affinity included).
 pub fn default_threads() -> usize {
-    std::env::var("GRIST_THREADS")
-        .ok()
-        .and_then(|s| s.parse().ok())
-        .filter(|&n: &usize| n > 0)
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    let cpus = || forced_cpus().ok().flatten().map(|c| c.len());
+    let granted = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    forced_threads().ok().flatten().or_else(cpus).unwrap_or_else(granted)
 }
+
+/// Validates `GRIST_THREADS` and `GRIST_CPUS`; a program calls it at start so
+/// that a bad value is an error, not a surprise.
+pub fn check_forced() -> Result<()> {
+    forced_threads()?;
+    forced_cpus()?;
+    Ok(())
+}
+
+fn forced_threads() -> Result<Option<usize>> {
+    let Some(value) = std::env::var("GRIST_THREADS").ok().filter(|s| !s.is_empty()) else { return Ok(None) };
+    match value.parse() {
+        Ok(n) if (1..=1024).contains(&n) => Ok(Some(n)),
+        _ => Err(Error::BadThreads { value }),
+    }
+}
+
+/// The CPUs of `GRIST_CPUS`, to each of which a thread is pinned in turn.
+fn forced_cpus() -> Result<Option<Vec<usize>>> {
+    let Some(value) = std::env::var("GRIST_CPUS").ok().filter(|s| !s.is_empty()) else { return Ok(None) };
+    match parse_cpus(&value).and_then(|cpus| may_use(&cpus).map(|()| cpus)) {
+        Ok(cpus) => Ok(Some(cpus)),
+        Err(reason) => Err(Error::BadCpus { value, reason }),
+    }
+}
+
+fn parse_cpus(list: &str) -> std::result::Result<Vec<usize>, String> {
+    let mut cpus = Vec::new();
+    for part in list.split(',') {
+        let number = |s: &str| match s.trim().parse::<usize>() {
+            Ok(n) if n < MAX_CPUS => Ok(n),
+            Ok(n) => Err(format!("{n} is more than any machine has")),
+            Err(_) => Err(format!("{part:?} is not a CPU number or a range of them")),
+        };
+        let (first, last) = match part.split_once('-') {
+            Some((a, b)) => (number(a)?, number(b)?),
+            None => (number(part)?, number(part)?),
+        };
+        if last < first {
+            return Err(format!("{part:?} ends before it begins"));
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(cpus)
+}
+
+/// What a `cpu_set_t` has room for.
+const MAX_CPUS: usize = 1024;
+
+#[cfg(target_os = "linux")]
+fn set_of(cpus: &[usize]) -> libc::cpu_set_t {
+    // SAFETY: a cpu_set_t is an array of integers, for which zeros are valid.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &cpu in cpus.iter().filter(|&&c| c < MAX_CPUS) {
+        // SAFETY: below the set's 1,024 bits.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    set
+}
+
+/// Errors if the system grants this process none of, or not all of, `cpus`.
+#[cfg(target_os = "linux")]
+fn may_use(cpus: &[usize]) -> std::result::Result<(), String> {
+    // Once, as later the calling thread itself may be pinned to one of them.
+    static GRANTED: std::sync::OnceLock<Option<libc::cpu_set_t>> = std::sync::OnceLock::new();
+    let granted = GRANTED.get_or_init(|| {
+        let mut set = set_of(&[]);
+        // SAFETY: the set is as large as said; 0 is the calling thread.
+        let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) };
+        (failed == 0).then_some(set)
+    });
+    let Some(granted) = granted else { return Ok(()) };
+    // SAFETY: parse_cpus lets no number past the set's 1,024 bits.
+    match cpus.iter().find(|&&c| unsafe { !libc::CPU_ISSET(c, granted) }) {
+        Some(cpu) => Err(format!("CPU {cpu} is not there, or not granted to this process")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn may_use(_: &[usize]) -> std::result::Result<(), String> {
+    Err("this system does not let a program choose its CPUs".into())
+}
+
+/// Keeps the calling thread on `cpu`. Where the system refuses, it stays free.
+#[cfg(target_os = "linux")]
+fn pin(cpu: usize) {
+    let set = set_of(&[cpu]);
+    // SAFETY: the set is as large as said; 0 is the calling thread.
+    unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pin(_: usize) {}
 
 /// A row-major output matrix, cut into tiles of at most `row_step` × `col_step`.
 pub struct Matrix<'a, T = f32> {
@@ -318,6 +423,14 @@ mod tests {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.run(&|i| assert!(i != 2, "thread two"))));
         assert!(caught.is_err());
         pool.run(&|_| ());
+    }
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(parse_cpus("0-2, 7"), Ok(vec![0, 1, 2, 7]));
+        for bad in ["", "x", "1-", "3-1", "1,,2", "99999", "-1"] {
+            assert!(parse_cpus(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

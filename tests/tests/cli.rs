@@ -247,6 +247,12 @@ fn bad_input_is_one_line_and_exit_code_1() {
     let o = Command::new(grist()).args(["run", f, "-p", "x"]).env("GRIST_ISA", "mmx").output().unwrap();
     assert_eq!(o.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&o.stderr).contains("GRIST_ISA=mmx"));
+    for (name, bad) in [("GRIST_THREADS", "many"), ("GRIST_THREADS", "0"), ("GRIST_CPUS", "0-"), ("GRIST_CPUS", "1023")] {
+        let o = Command::new(grist()).args(["run", f, "-p", "x"]).env(name, bad).output().unwrap();
+        let said = String::from_utf8_lossy(&o.stderr);
+        assert_eq!((o.status.code(), said.lines().count()), (Some(1), 1), "{name}={bad}: {said}");
+        assert!(said.contains(&format!("{name}={bad}")), "{said}");
+    }
     // Wrong usage is 2.
     assert_eq!(run(&["run"]).status.code(), Some(2));
     assert_eq!(run(&["no-such-command"]).status.code(), Some(2));

@@ -12,7 +12,9 @@ use std::process::ExitCode;
 /// runs it from the mapped file.
 #[derive(Parser)]
 #[command(name = "grist", version, propagate_version = true, arg_required_else_help = true)]
-#[command(after_help = "Environment: GRIST_ISA forces a kernel row, GRIST_THREADS the thread count, GRIST_CACHE the cache folder.")]
+#[command(
+    after_help = "Environment: GRIST_ISA forces a kernel row, GRIST_THREADS the thread count, GRIST_CPUS the CPUs they are pinned to (as in 0-3,8; Linux), GRIST_CACHE the cache folder."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -70,7 +72,8 @@ subcommands! {
 fn main() -> ExitCode {
     gguf::mmap::exit_cleanly_when_a_mapped_file_shrinks();
     let cli = Cli::parse();
-    let result = kernels::isa::check_forced().map_err(anyhow::Error::from).and_then(|_| run(cli.command));
+    let forced = kernels::isa::check_forced().and_then(|_| kernels::threads::check_forced());
+    let result = forced.map_err(anyhow::Error::from).and_then(|()| run(cli.command));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if common::is_broken_pipe(&e) => ExitCode::SUCCESS,
