@@ -120,11 +120,6 @@ thread_local! {
     static C: RefCell<Vec<Sums>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Bytes of scratch that each thread keeps for batches of `n_tokens`.
-pub fn scratch_bytes(n_tokens: usize) -> usize {
-    n_tokens.next_multiple_of(GROUP) * 2 * size_of::<Sums>()
-}
-
 /// Rows of weights that pass through the panel together.
 pub const ROWS: usize = 4 * LANES;
 
