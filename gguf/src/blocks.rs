@@ -20,6 +20,7 @@ pub mod q5_1;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
+mod rounding;
 
 /// Decodes whole blocks: `bytes` holds n blocks, `out` their n × block_len values.
 pub type DecodeFn = fn(bytes: &[u8], out: &mut [f32]);

@@ -151,6 +151,17 @@ pub trait Isa: Copy + Send + Sync + 'static {
         x: &[TokenDwords],
         tokens: usize,
     ) {
+        self.dots_step_by_step::<R, T, BIASED>(p, w, x, tokens);
+    }
+    /// What `dots` does, for any shape of tile.
+    #[inline(always)]
+    fn dots_step_by_step<const R: usize, const T: usize, const BIASED: bool>(
+        self,
+        p: &mut [[Self::Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+    ) {
         for (step, x) in x.iter().enumerate() {
             let w: [Self::Bytes; R] = each!(R, |r| self.load_lanes(&w[r][step]));
             for t in 0..T {
@@ -161,9 +172,15 @@ pub trait Isa: Copy + Send + Sync + 'static {
             }
         }
     }
+    /// acc + p · scale, the scale as of `panel_scale`. If `NARROW`, p fits in 16 bits signed.
+    #[inline(always)]
+    fn add_scaled<const NARROW: bool>(self, acc: Self::Int, p: Self::Int, scale: Self::Int) -> Self::Int {
+        self.mul_add_int(acc, p, scale)
+    }
     /// acc\[r\]\[t\] += scale\[r\] · (init\[t\] + Σ over steps w\[r\]\[step\] · x\[step\]\[t\]).
     ///
     /// Weights are 0..=MAX; no `init` means zeros. If `NARROW`, each factor of scale fits in 16 bits signed.
+    #[inline(always)]
     fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
         self,
         acc: &mut [[Self::Int; T]; R],
@@ -172,7 +189,22 @@ pub trait Isa: Copy + Send + Sync + 'static {
         tokens: usize,
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
-    );
+    ) {
+        let mut p = [[self.zero_int(); T]; R];
+        for t in 0..T {
+            let first = self.splat_int(init.map_or(0, |i| i[tokens + t]));
+            for p in &mut p {
+                p[t] = first;
+            }
+        }
+        self.dots::<R, T, false>(&mut p, w, x, tokens);
+        for r in 0..R {
+            let scale = self.load_int(scale[r]);
+            for t in 0..T {
+                acc[r][t] = self.add_scaled::<NARROW>(acc[r][t], p[r][t], scale);
+            }
+        }
+    }
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 /// Spins before a worker sleeps: about 50–100 µs, several times the longest
@@ -44,6 +44,8 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
     /// One job at a time.
     turn: Mutex<()>,
+    /// Of each thread's run of a `for_each`, the next index.
+    next: Vec<Line<AtomicUsize>>,
 }
 
 impl Pool {
@@ -62,7 +64,7 @@ impl Pool {
         });
         let cpus = forced_cpus().ok().flatten();
         let cpu = |i: usize| cpus.as_ref().map(|c| c[i % c.len()]);
-        let workers = (1..n)
+        let workers: Vec<_> = (1..n)
             .filter_map(|i| {
                 let (shared, cpu) = (shared.clone(), cpu(i));
                 let run = move || {
@@ -79,7 +81,8 @@ impl Pool {
         if let Some(cpu) = cpu(0) {
             pin(cpu);
         }
-        Pool { shared, workers, turn: Mutex::new(()) }
+        let next = (0..=workers.len()).map(|_| Line(AtomicUsize::new(0))).collect();
+        Pool { shared, workers, turn: Mutex::new(()), next }
     }
 
     pub fn n_threads(&self) -> usize {
@@ -88,7 +91,11 @@ impl Pool {
 
     /// Calls `f(i)` once on every thread, `i` from 0 (the caller). Returns when all have returned.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
-        let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        let turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        self.run_in_turn(&turn, f);
+    }
+
+    fn run_in_turn(&self, _turn: &MutexGuard<'_, ()>, f: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
             return f(0);
         }
@@ -118,12 +125,16 @@ impl Pool {
     /// and then helps with the others'.
     pub fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
         let threads = self.n_threads();
-        let next: Vec<Line<AtomicUsize>> = (0..threads).map(|t| Line(AtomicUsize::new(t * n / threads))).collect();
-        self.run(&|own| {
+        // Taken before the counters are set, as they are the pool's and not this call's.
+        let turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        for (t, next) in self.next.iter().enumerate() {
+            next.0.store(t * n / threads, Ordering::Relaxed);
+        }
+        self.run_in_turn(&turn, &|own| {
             for owner in (own..threads).chain(0..own) {
                 let end = (owner + 1) * n / threads;
                 loop {
-                    let i = next[owner].0.fetch_add(1, Ordering::Relaxed);
+                    let i = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
                     if i >= end {
                         break;
                     }

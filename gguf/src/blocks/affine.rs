@@ -23,8 +23,8 @@
 //! order the compiler would vectorise over the values, and gather and scatter.
 
 use super::k_scales;
-use super::legacy::{inverse, put_f16};
-use super::plain::{f16_to_f32, f32_to_f16};
+use super::legacy::put_f16;
+use super::rounding::{inverse, nearest, round_to_f16, to_byte};
 
 const LANES: usize = 16;
 const SUB: usize = 32;
@@ -121,14 +121,6 @@ fn weigh(x: &[Lane; SUB], important: bool, w: &mut [Lane; SUB]) -> Lane {
         }
     }
     total
-}
-
-/// Nearest integer, ties to even, for |x| < 2^22: adding 1.5 · 2^23 leaves no
-/// room for a fraction.
-#[inline(always)]
-fn nearest(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0;
-    (x + MAGIC) - MAGIC
 }
 
 #[inline(always)]
@@ -241,8 +233,8 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
     let mut d = [0.0f32; 2];
     let mut dmin = [0.0f32; 2];
     for half in 0..2 {
-        d[half] = f16_of(s[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
-        dmin[half] = f16_of(m[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
+        d[half] = round_to_f16(s[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
+        dmin[half] = round_to_f16(m[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
     }
     let mut best = search_integers::<TOP>(x, w, s, m, d, dmin);
     for _ in 0..2 {
@@ -269,11 +261,6 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
         }
     }
     best
-}
-
-#[inline(always)]
-fn f16_of(x: f32) -> f32 {
-    f16_to_f32(f32_to_f16(x))
 }
 
 /// Step 3: the integer scale and min around the float ones with the least error.
@@ -326,13 +313,13 @@ fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32
         let (aa, ab, bb, ax, bx) = (sum(&aa), sum(&ab), sum(&bb), sum(&ax), sum(&bx));
         let det = aa * bb - ab * ab;
         if det > 1e-6 * aa * bb {
-            let new_d = f16_of((ax * bb - bx * ab) / det);
-            let new_dmin = f16_of((ax * ab - bx * aa) / det);
+            let new_d = round_to_f16((ax * bb - bx * ab) / det);
+            let new_dmin = round_to_f16((ax * ab - bx * aa) / det);
             if new_d > 0.0 && new_dmin >= 0.0 && new_d.is_finite() && new_dmin.is_finite() {
                 (d[half], dmin[half]) = (new_d, new_dmin);
             }
         } else if aa > 0.0 && bb == 0.0 {
-            let new_d = f16_of(ax / aa);
+            let new_d = round_to_f16(ax / aa);
             if new_d > 0.0 && new_d.is_finite() {
                 d[half] = new_d;
             }
@@ -354,11 +341,4 @@ fn finish<const TOP: i32>(values: &[f32], r: &Rounded, half: usize) -> SuperBloc
         }
     }
     out
-}
-
-/// A small non-negative integer. Not a cast, which saturates value by value.
-#[inline(always)]
-fn to_byte(x: f32) -> u8 {
-    const MAGIC: f32 = 12_582_912.0;
-    (x + MAGIC).to_bits() as u8
 }

@@ -2,6 +2,7 @@
 //! reference encoders, which these reproduce bit for bit.
 
 use super::plain::{f16_to_f32, f32_to_f16};
+use super::rounding::integer_part;
 use half::f16;
 
 #[inline(always)]
@@ -70,28 +71,6 @@ pub fn min_max(x: &[f32]) -> (f32, f32) {
         return x.iter().fold(NONE, |m, &v| one(m, v));
     }
     (lo, hi)
-}
-
-/// 1/d, or 0 where d is 0.
-#[inline(always)]
-pub fn inverse(d: f32) -> f32 {
-    if d != 0.0 { 1.0 / d } else { 0.0 }
-}
-
-/// The integer part of 0 ≤ x < 2^22. Not a cast, which saturates value by
-/// value: adding 1.5 · 2^23 leaves the nearest integer in the low bits.
-#[inline(always)]
-pub fn integer_part(x: f32) -> u32 {
-    const MAGIC: f32 = 12_582_912.0;
-    let sum = x + MAGIC;
-    sum.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_sub(u32::from(sum - MAGIC > x))
-}
-
-/// Half away from zero, as C's `roundf`: the integer part of |x| + pred(0.5) is exact for |x| < 2^22.
-#[inline(always)]
-pub fn round_half_away(x: f32) -> i32 {
-    let size = integer_part(x.abs() + 0.499_999_97) as i32;
-    if x < 0.0 { -size } else { size }
 }
 
 /// Packs 32 quants below 16: byte j holds value j low and value j + 16 high.

@@ -2,6 +2,7 @@
 //! of qs[j], value j + 16 the high one: w = d · (q − 8).
 
 use super::legacy::*;
+use super::rounding::inverse;
 use super::{Codec, Encode};
 
 pub struct Q4_0;

@@ -1,6 +1,7 @@
 //! Q4_1: 32 values in 20 bytes. `f16 d; f16 m; u8 qs[16]`, nibbles as in Q4_0: w = d · q + m.
 
 use super::legacy::*;
+use super::rounding::inverse;
 use super::{Codec, Encode};
 
 pub struct Q4_1;

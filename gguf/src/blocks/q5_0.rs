@@ -2,6 +2,7 @@
 //! Q4_0, bit j of qh is value j's fifth bit: w = d · (q − 16).
 
 use super::legacy::*;
+use super::rounding::inverse;
 use super::{Codec, Encode};
 
 pub struct Q5_0;

@@ -1,6 +1,7 @@
 //! Q5_1: 32 values in 24 bytes. `f16 d; f16 m; u32 qh; u8 qs[16]`, bits as in Q5_0: w = d · q + m.
 
 use super::legacy::*;
+use super::rounding::inverse;
 use super::{Codec, Encode};
 
 pub struct Q5_1;

@@ -3,8 +3,8 @@
 //! ql[j] holds value j (low nibble) and j + 64 (high), ql[j + 32] values
 //! j + 32 and j + 96; qh[j] holds their top two bits in that order of value.
 
-use super::legacy::{f16_at, inverse, put_f16};
-use super::plain::{f16_to_f32, f32_to_f16};
+use super::legacy::{f16_at, put_f16};
+use super::rounding::{inverse, nearest, round_to_f16, to_byte};
 use super::{Codec, Encode};
 
 pub struct Q6K;
@@ -64,13 +64,10 @@ fn transpose(values: &[f32]) -> [Lane; SUB] {
     x
 }
 
-/// 1.5 · 2^23: adding it leaves no room for a fraction.
-const MAGIC: f32 = 12_582_912.0;
-
-/// Nearest integer clamped to −32..=31 (see `affine::nearest`).
+/// Nearest integer clamped to −32..=31.
 #[inline(always)]
 fn quant(x: f32) -> f32 {
-    let q = (x + MAGIC) - MAGIC;
+    let q = nearest(x);
     let q = if q > -32.0 { q } else { -32.0 };
     if q < 31.0 { q } else { 31.0 }
 }
@@ -156,7 +153,7 @@ fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important:
     if peak.abs() < 1e-15 {
         return;
     }
-    let mut d = f16_to_f32(f32_to_f16(peak / -128.0));
+    let mut d = round_to_f16(peak / -128.0);
     let (mut scales, mut err) = integers(x, w, &s, d);
     let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
@@ -169,7 +166,7 @@ fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important:
             qq[l] += w[j][l] * a * a;
         }
     }
-    let refitted = f16_to_f32(f32_to_f16(qx.iter().sum::<f32>() / qq.iter().sum::<f32>()));
+    let refitted = round_to_f16(qx.iter().sum::<f32>() / qq.iter().sum::<f32>());
     if refitted.is_finite() && refitted != 0.0 {
         let (again, err_again) = integers(x, w, &s, refitted);
         if err_again.iter().sum::<f32>() < err.iter().sum::<f32>() {
@@ -183,8 +180,7 @@ fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important:
         b[192 + l] = scales[l] as i8 as u8;
         let inv = inverse(d * scales[l]);
         for (q, v) in q[SUB * l..SUB * (l + 1)].iter_mut().zip(&values[SUB * l..SUB * (l + 1)]) {
-            // The low bits of the sum are the integer: not a cast, which saturates value by value.
-            *q = (quant(v * inv) + (32.0 + MAGIC)).to_bits() as u8;
+            *q = to_byte(quant(v * inv) + 32.0);
         }
     }
     for half in 0..2 {

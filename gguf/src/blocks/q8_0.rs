@@ -1,6 +1,7 @@
 //! Q8_0: 32 values in 34 bytes. `f16 d; i8 qs[32]`: w = d · q.
 
 use super::legacy::*;
+use super::rounding::{inverse, round_half_away};
 use super::{Codec, Encode};
 
 pub struct Q8_0;

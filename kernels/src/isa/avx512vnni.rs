@@ -4,7 +4,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
+use super::{Isa, Lanes, Op, TileShape, TokenDwords, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -487,49 +487,16 @@ impl Isa for Avx512Vnni {
             }
             return;
         }
-        for (step, x) in x.iter().enumerate() {
-            let w: [__m512i; R] = each!(R, |r| self.load_lanes(&w[r][step]));
-            for t in 0..T {
-                let x = self.splat_4(x[tokens + t]);
-                for r in 0..R {
-                    p[r][t] = self.dot_unsigned(p[r][t], w[r], x);
-                }
-            }
-        }
+        self.dots_step_by_step::<R, T, BIASED>(p, w, x, tokens);
     }
 
     #[inline(always)]
-    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
-        self,
-        acc: &mut [[__m512i; T]; R],
-        w: [&[Lanes]; R],
-        x: &[TokenDwords],
-        tokens: usize,
-        init: Option<&TokenInts>,
-        scale: [&Lanes; R],
-    ) {
-        let mut p = [[self.zero_int(); T]; R];
-        for t in 0..T {
-            let first = self.splat_int(init.map_or(0, |i| i[tokens + t]));
-            for p in &mut p {
-                p[t] = first;
-            }
+    fn add_scaled<const NARROW: bool>(self, acc: __m512i, p: __m512i, scale: __m512i) -> __m512i {
+        if NARROW {
+            return self.dot_pairs(acc, p, scale);
         }
-        self.dots::<R, T, false>(&mut p, w, x, tokens);
-        for r in 0..R {
-            let scale = self.load_int(scale[r]);
-            if NARROW {
-                for t in 0..T {
-                    acc[r][t] = self.dot_pairs(acc[r][t], p[r][t], scale);
-                }
-            } else {
-                // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scale` cut.
-                let scale = unsafe { _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(scale)) };
-                for t in 0..T {
-                    acc[r][t] = self.mul_add_int(acc[r][t], p[r][t], scale);
-                }
-            }
-        }
+        // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scale` cut.
+        self.mul_add_int(acc, p, unsafe { _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(scale)) })
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@
 //! exactly the array they are given.
 // LONG: one vocabulary; its methods are a line or two each.
 
-use super::{GROUP, Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
+use super::{GROUP, Isa, Lanes, Op, TileShape, TokenDwords, isa_token};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -608,34 +608,6 @@ impl<N: NeonRow> Isa for N {
                 p[r][0] = each!(4, |i| self.dot_lane::<0>(p[r][0][i], w[r][i], x));
                 p[r][1] = each!(4, |i| self.dot_lane::<1>(p[r][1][i], w[r][i], x));
                 p[r][2] = each!(4, |i| self.dot_lane::<2>(p[r][2][i], w[r][i], x));
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
-        self,
-        acc: &mut [[Int; T]; R],
-        w: [&[Lanes]; R],
-        x: &[TokenDwords],
-        tokens: usize,
-        init: Option<&TokenInts>,
-        scale: [&Lanes; R],
-    ) {
-        let mut p = [[self.zero_int(); T]; R];
-        if let Some(init) = init {
-            for t in 0..T {
-                let first = self.splat_int(init[tokens + t]);
-                for p in &mut p {
-                    p[t] = first;
-                }
-            }
-        }
-        self.dots::<R, T, false>(&mut p, w, x, tokens);
-        for r in 0..R {
-            let scale = self.load_int(scale[r]);
-            for t in 0..T {
-                acc[r][t] = self.mul_add_int(acc[r][t], p[r][t], scale);
             }
         }
     }

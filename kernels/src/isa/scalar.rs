@@ -1,7 +1,7 @@
 //! The scalar row: plain arrays, no intrinsics. It runs everywhere, and it is
 //! the vocabulary's definition: the other rows are tested against it.
 
-use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts};
+use super::{Isa, Lanes, Op, TileShape};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Scalar;
@@ -244,27 +244,6 @@ impl Isa for Scalar {
     #[inline(always)]
     fn panel_scale(self, scale: i32) -> u32 {
         scale as u32
-    }
-
-    #[inline(always)]
-    fn scaled_dots<const R: usize, const T: usize, const MAX: i32, const NARROW: bool>(
-        self,
-        acc: &mut [[[i32; 16]; T]; R],
-        w: [&[Lanes]; R],
-        x: &[TokenDwords],
-        tokens: usize,
-        init: Option<&TokenInts>,
-        scale: [&Lanes; R],
-    ) {
-        for r in 0..R {
-            for t in 0..T {
-                let mut p = self.splat_int(init.map_or(0, |i| i[tokens + t]));
-                for (w, x) in w[r].iter().zip(x) {
-                    p = self.dot_unsigned(p, self.load_lanes(w), self.splat_4(x[tokens + t]));
-                }
-                acc[r][t] = self.mul_add_int(acc[r][t], p, self.load_int(scale[r]));
-            }
-        }
     }
 
     #[inline(always)]

@@ -159,20 +159,16 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
                 unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
                 panel.arrange(isa);
             }
-            let mut ahead = match slab + 1 < slabs {
-                true => Ahead::new(
-                    weights,
-                    row_bytes,
-                    first..cols.end.min(first + R * LANES),
-                    (slab + 1) * slab_bytes,
-                    slab_bytes,
-                    groups.len(),
-                ),
-                false => Ahead::new(weights, row_bytes, first + R * LANES..first + 2 * R * LANES, 0, slab_bytes, groups.len()),
-            };
+            // What will be unpacked next: these rows' next slab, or the first of the rows after them.
+            let (row, from) = if slab + 1 < slabs { (first, (slab + 1) * slab_bytes) } else { (first + R * LANES, 0) };
+            let mut ahead =
+                Lines::new(weights.as_ptr().wrapping_add(row * row_bytes + from), R * LANES, slab_bytes.div_ceil(64), row_bytes);
+            let pairs_a_group = (ahead.left / 2).div_ceil(groups.len());
             let activations = &W::Panel::tokens(acts, slab)[groups.clone()];
             for ((group, x), c) in groups.clone().zip(activations).zip(c.chunks_exact_mut(R * GROUP)) {
-                ahead.prefetch(isa);
+                for _ in 0..pairs_a_group {
+                    ahead.prefetch_two(isa);
+                }
                 let n = GROUP.min(tokens.end - group * GROUP);
                 let out = tile.row_mut(group * GROUP)[first - cols.start..].as_ptr();
                 let mut next = Upcoming::after(x, c, out.cast(), if slab + 1 == slabs { n } else { 0 }, tile.stride() * size_of::<f32>());
@@ -245,7 +241,7 @@ pub struct Upcoming {
     out: Lines,
 }
 
-/// `left` cache lines, `run` of them in a row, the rows `stride` bytes apart.
+/// Cache lines to ask for: rows of `run` of them, `stride` bytes apart.
 struct Lines {
     at: *const u8,
     left: usize,
@@ -255,8 +251,10 @@ struct Lines {
 }
 
 impl Lines {
-    fn new(at: *const u8, left: usize, run: usize, stride: usize) -> Self {
-        Lines { at, left, in_run: 0, run, stride }
+    /// `rows` rows from `at` on; an odd run takes one line more, as they are asked for in twos.
+    fn new(at: *const u8, rows: usize, run: usize, stride: usize) -> Self {
+        let run = run.next_multiple_of(2);
+        Lines { at, left: rows * run, in_run: 0, run, stride }
     }
 
     #[inline(always)]
@@ -266,9 +264,9 @@ impl Lines {
         }
         isa.prefetch(self.at);
         isa.prefetch(self.at.wrapping_add(64));
-        self.left = self.left.saturating_sub(2);
+        self.left -= 2;
         (self.at, self.in_run) = (self.at.wrapping_add(128), self.in_run + 2);
-        if self.in_run >= self.run {
+        if self.in_run == self.run {
             (self.at, self.in_run) = (self.at.wrapping_add(self.stride).wrapping_sub(64 * self.in_run), 0);
         }
     }
@@ -277,12 +275,10 @@ impl Lines {
 impl Upcoming {
     /// What follows `x` and `c` in their arrays; `runs` of R vectors from `out` on, `stride` bytes apart.
     fn after<T>(x: &T, c: &[Sums], out: *const u8, runs: usize, stride: usize) -> Self {
-        let lines = size_of::<T>().div_ceil(64);
-        let run = c.len() / GROUP;
         Upcoming {
-            x: Lines::new((&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), lines, lines, 0),
-            c: Lines::new(c.as_ptr_range().end.cast(), c.len(), c.len(), 0),
-            out: Lines::new(out, runs * run, run, stride),
+            x: Lines::new((&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), 1, size_of::<T>().div_ceil(64), 0),
+            c: Lines::new(c.as_ptr_range().end.cast(), 1, c.len(), 0),
+            out: Lines::new(out, runs, c.len() / GROUP, stride),
         }
     }
 
@@ -292,41 +288,6 @@ impl Upcoming {
         self.x.prefetch_two(isa);
         self.c.prefetch_two(isa);
         self.out.prefetch_two(isa);
-    }
-}
-
-/// The bytes that will be unpacked next, asked for a few lines at a time while tiles run.
-struct Ahead<'a> {
-    weights: &'a [u8],
-    row_bytes: usize,
-    lines_a_row: usize,
-    lines_a_call: usize,
-    rows_left: usize,
-    /// Offset of the row's first line, and which line is next.
-    row: usize,
-    line: usize,
-}
-
-impl<'a> Ahead<'a> {
-    /// `bytes` of each of `rows`, `from` on in each; all of them in `calls`.
-    fn new(weights: &'a [u8], row_bytes: usize, rows: std::ops::Range<usize>, from: usize, bytes: usize, calls: usize) -> Self {
-        let lines_a_row = bytes.div_ceil(64);
-        let lines_a_call = (lines_a_row * rows.len()).div_ceil(calls.max(1));
-        Ahead { weights, row_bytes, lines_a_row, lines_a_call, rows_left: rows.len(), row: rows.start * row_bytes + from, line: 0 }
-    }
-
-    #[inline(always)]
-    fn prefetch<I: Isa>(&mut self, isa: I) {
-        for _ in 0..self.lines_a_call {
-            if self.rows_left == 0 {
-                return;
-            }
-            isa.prefetch(self.weights.as_ptr().wrapping_add(self.row + 64 * self.line));
-            self.line += 1;
-            if self.line == self.lines_a_row {
-                (self.line, self.row, self.rows_left) = (0, self.row + self.row_bytes, self.rows_left - 1);
-            }
-        }
     }
 }
 
