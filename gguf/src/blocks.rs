@@ -20,7 +20,8 @@ pub mod q5_1;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
-mod rounding;
+pub mod rounding;
+mod searched;
 
 /// Decodes whole blocks: `bytes` holds n blocks, `out` their n × block_len values.
 pub type DecodeFn = fn(bytes: &[u8], out: &mut [f32]);
@@ -91,6 +92,44 @@ pub trait Codec {
 pub trait Encode: Codec {
     /// Any number of blocks; see [`EncodeFn`].
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]);
+}
+
+/// The grid of one sub-block: w = step · (q + `Grid::OFFSET`) + min.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    pub step: f32,
+    pub min: f32,
+}
+
+/// How a type stores its steps and mins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// Each as an f16.
+    Floats,
+    /// As integers in this range, of the block's own `Grid::units`.
+    Integers { lo: i32, hi: i32 },
+}
+
+/// A codec whose values lie on evenly spaced grids, so that its scales and its
+/// quants can be chosen apart: what calibrated rounding works through.
+pub trait Grid: Encode {
+    /// Values that share a step; divides `LEN`.
+    const SUB: usize;
+    /// Quants are 0..=TOP.
+    const TOP: u8;
+    const OFFSET: i32;
+    /// Whether mins are stored; else they are 0.
+    const HAS_MIN: bool;
+    const SCALES: Scales;
+
+    /// What the integers of steps and of mins count (d and −dmin); ones for floats.
+    fn units(b: &[u8]) -> (f32, f32);
+    /// The grid of sub-block `sub` of a block, exactly as `decode_block` has it.
+    fn step(b: &[u8], sub: usize) -> Step;
+    /// Stores one; representable values only, which `step` then gives back.
+    fn set_step(b: &mut [u8], sub: usize, step: Step);
+    /// Stores a block's `LEN` quants and leaves its scales.
+    fn pack(q: &[u8], b: &mut [u8]);
 }
 
 /// Calls `$m!` with the list of implemented codecs, `NAME path id encode|decode`:

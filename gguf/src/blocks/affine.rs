@@ -22,9 +22,9 @@
 //! loop over the 32 values also adds something up: without a sum to keep in
 //! order the compiler would vectorise over the values, and gather and scatter.
 
-use super::k_scales;
-use super::legacy::put_f16;
+use super::legacy::{f16_at, put_f16};
 use super::rounding::{inverse, nearest, round_to_f16, to_byte};
+use super::{Step, k_scales};
 
 const LANES: usize = 16;
 const SUB: usize = 32;
@@ -131,7 +131,7 @@ fn clamp(x: f32, top: f32) -> f32 {
 
 /// Step 1: float (scale, min) a lane, min given as the positive amount subtracted.
 #[inline(always)]
-fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
+pub fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
     let top = TOP as f32;
     let (mut lo, mut hi) = ([0.0f32; LANES], x[0]);
     let (mut swx, mut swx2, mut wx) = ([0.0f32; LANES], [0.0f32; LANES], [[0.0f32; LANES]; SUB]);
@@ -341,4 +341,29 @@ fn finish<const TOP: i32>(values: &[f32], r: &Rounded, half: usize) -> SuperBloc
         }
     }
     out
+}
+
+/// `Grid::units` of both types.
+#[inline(always)]
+pub fn units(b: &[u8]) -> (f32, f32) {
+    (f16_at(b, 0), -f16_at(b, 2))
+}
+
+/// `Grid::step` of both types.
+#[inline(always)]
+pub fn step(b: &[u8], sub: usize) -> Step {
+    let ((d, minus_dmin), (scale, min)) = (units(b), k_scales::unpack(&b[4..16], sub));
+    Step { step: d * f32::from(scale), min: minus_dmin * f32::from(min) }
+}
+
+/// `Grid::set_step` of both types.
+#[inline(always)]
+pub fn set_step(b: &mut [u8], sub: usize, s: Step) {
+    let (d, minus_dmin) = units(b);
+    let (mut scales, mut mins) = ([0; 8], [0; 8]);
+    for i in 0..8 {
+        (scales[i], mins[i]) = k_scales::unpack(&b[4..16], i);
+    }
+    (scales[sub], mins[sub]) = (to_byte(s.step * inverse(d)), to_byte(s.min * inverse(minus_dmin)));
+    k_scales::pack(&scales, &mins, &mut b[4..16]);
 }

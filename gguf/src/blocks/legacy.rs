@@ -102,3 +102,9 @@ pub fn quants(x: &[f32], id: f32, base: f32, offset: f32, top: u8) -> [u8; 32] {
     }
     q
 }
+
+/// A block's 32 quants.
+#[inline(always)]
+pub fn as_block(q: &[u8]) -> &[u8; 32] {
+    &q.as_chunks().0[0]
+}

@@ -3,9 +3,9 @@
 //! 32 bytes of qs hold sub-block 2i in their low nibbles and 2i + 1 in their
 //! high ones: w = d·scale·q − dmin·min.
 
-use super::affine::{self, SuperBlock};
+use super::affine;
 use super::legacy::f16_at;
-use super::{Codec, Encode, k_scales};
+use super::{Codec, Encode, Grid, Scales, Step, k_scales};
 
 pub struct Q4K;
 
@@ -33,16 +33,48 @@ impl Codec for Q4K {
 impl Encode for Q4K {
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-        affine::encode::<15>(values, importance, |i, s| store(s, &mut out[144 * i..144 * (i + 1)]));
+        affine::encode::<15>(values, importance, |i, s| {
+            let b = &mut out[144 * i..144 * (i + 1)];
+            s.store_scales(b);
+            pack(s.q.as_flattened(), b);
+        });
     }
 }
 
 #[inline(always)]
-fn store(s: &SuperBlock, b: &mut [u8]) {
-    s.store_scales(b);
+fn pack(q: &[u8], b: &mut [u8]) {
+    let q = q.as_chunks::<32>().0;
     for pair in 0..4 {
         for j in 0..32 {
-            b[16 + 32 * pair + j] = s.q[2 * pair][j] | s.q[2 * pair + 1][j] << 4;
+            b[16 + 32 * pair + j] = q[2 * pair][j] | q[2 * pair + 1][j] << 4;
         }
+    }
+}
+
+impl Grid for Q4K {
+    const SUB: usize = 32;
+    const TOP: u8 = 15;
+    const OFFSET: i32 = 0;
+    const HAS_MIN: bool = true;
+    const SCALES: Scales = Scales::Integers { lo: 0, hi: 63 };
+
+    #[inline(always)]
+    fn units(b: &[u8]) -> (f32, f32) {
+        affine::units(b)
+    }
+
+    #[inline(always)]
+    fn step(b: &[u8], sub: usize) -> Step {
+        affine::step(b, sub)
+    }
+
+    #[inline(always)]
+    fn set_step(b: &mut [u8], sub: usize, s: Step) {
+        affine::set_step(b, sub, s);
+    }
+
+    #[inline(always)]
+    fn pack(q: &[u8], b: &mut [u8]) {
+        pack(q, b);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::legacy::*;
 use super::rounding::inverse;
-use super::{Codec, Encode};
+use super::{Codec, Encode, Grid, Scales, Step, searched};
 
 pub struct Q5_1;
 
@@ -23,15 +23,56 @@ impl Codec for Q5_1 {
 
 impl Encode for Q5_1 {
     #[inline(always)]
-    fn encode(values: &[f32], _importance: Option<&[f32]>, out: &mut [u8]) {
+    fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+        if let Some(importance) = importance {
+            return searched::with_min::<31>(values, importance, |i, d, m, q| {
+                let b = &mut out[24 * i..24 * (i + 1)];
+                put_f16(b, 0, d);
+                put_f16(b, 2, m);
+                pack(q, b);
+            });
+        }
         for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(24)) {
             let (lo, hi) = min_max(x);
             let d = (hi - lo) / 31.0;
-            let q = quants(x, inverse(d), lo, 0.5, 31);
             put_f16(b, 0, d);
             put_f16(b, 2, lo);
-            b[4..8].copy_from_slice(&fifth_bits(&q).to_le_bytes());
-            pack_nibbles(&q, &mut b[8..]);
+            pack(&quants(x, inverse(d), lo, 0.5, 31), b);
         }
+    }
+}
+
+#[inline(always)]
+fn pack(q: &[u8], b: &mut [u8]) {
+    b[4..8].copy_from_slice(&fifth_bits(as_block(q)).to_le_bytes());
+    pack_nibbles(as_block(q), &mut b[8..]);
+}
+
+impl Grid for Q5_1 {
+    const SUB: usize = 32;
+    const TOP: u8 = 31;
+    const OFFSET: i32 = 0;
+    const HAS_MIN: bool = true;
+    const SCALES: Scales = Scales::Floats;
+
+    #[inline(always)]
+    fn units(_b: &[u8]) -> (f32, f32) {
+        (1.0, 1.0)
+    }
+
+    #[inline(always)]
+    fn step(b: &[u8], _sub: usize) -> Step {
+        Step { step: f16_at(b, 0), min: f16_at(b, 2) }
+    }
+
+    #[inline(always)]
+    fn set_step(b: &mut [u8], _sub: usize, s: Step) {
+        put_f16(b, 0, s.step);
+        put_f16(b, 2, s.min);
+    }
+
+    #[inline(always)]
+    fn pack(q: &[u8], b: &mut [u8]) {
+        pack(q, b);
     }
 }

@@ -1,9 +1,9 @@
 //! Q5_K: 256 values in 176 bytes. `f16 d; f16 dmin; u8 scales[12]; u8 qh[32]; u8 qs[128]`.
 //! As Q4_K, with a fifth bit: bit s of qh[j] belongs to value j of sub-block s.
 
-use super::affine::{self, SuperBlock};
+use super::affine;
 use super::legacy::f16_at;
-use super::{Codec, Encode, k_scales};
+use super::{Codec, Encode, Grid, Scales, Step, k_scales};
 
 pub struct Q5K;
 
@@ -32,19 +32,51 @@ impl Codec for Q5K {
 impl Encode for Q5K {
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-        affine::encode::<31>(values, importance, |i, s| store(s, &mut out[176 * i..176 * (i + 1)]));
+        affine::encode::<31>(values, importance, |i, s| {
+            let b = &mut out[176 * i..176 * (i + 1)];
+            s.store_scales(b);
+            pack(s.q.as_flattened(), b);
+        });
     }
 }
 
 #[inline(always)]
-fn store(s: &SuperBlock, b: &mut [u8]) {
-    s.store_scales(b);
+fn pack(q: &[u8], b: &mut [u8]) {
+    let q = q.as_chunks::<32>().0;
     for j in 0..32 {
-        b[16 + j] = (0..8).fold(0, |bits, sub| bits | (s.q[sub][j] >> 4) << sub);
+        b[16 + j] = (0..8).fold(0, |bits, sub| bits | (q[sub][j] >> 4) << sub);
     }
     for pair in 0..4 {
         for j in 0..32 {
-            b[48 + 32 * pair + j] = (s.q[2 * pair][j] & 15) | (s.q[2 * pair + 1][j] & 15) << 4;
+            b[48 + 32 * pair + j] = (q[2 * pair][j] & 15) | (q[2 * pair + 1][j] & 15) << 4;
         }
+    }
+}
+
+impl Grid for Q5K {
+    const SUB: usize = 32;
+    const TOP: u8 = 31;
+    const OFFSET: i32 = 0;
+    const HAS_MIN: bool = true;
+    const SCALES: Scales = Scales::Integers { lo: 0, hi: 63 };
+
+    #[inline(always)]
+    fn units(b: &[u8]) -> (f32, f32) {
+        affine::units(b)
+    }
+
+    #[inline(always)]
+    fn step(b: &[u8], sub: usize) -> Step {
+        affine::step(b, sub)
+    }
+
+    #[inline(always)]
+    fn set_step(b: &mut [u8], sub: usize, s: Step) {
+        affine::set_step(b, sub, s);
+    }
+
+    #[inline(always)]
+    fn pack(q: &[u8], b: &mut [u8]) {
+        pack(q, b);
     }
 }

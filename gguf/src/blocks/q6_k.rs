@@ -5,7 +5,8 @@
 
 use super::legacy::{f16_at, put_f16};
 use super::rounding::{inverse, nearest, round_to_f16, to_byte};
-use super::{Codec, Encode};
+use super::searched::fit_symmetric;
+use super::{Codec, Encode, Grid, Scales, Step};
 
 pub struct Q6K;
 
@@ -42,12 +43,12 @@ impl Encode for Q6K {
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
         for (i, (v, b)) in values.chunks_exact(256).zip(out.chunks_exact_mut(210)).enumerate() {
-            let mut w = [[0.0f32; LANES]; SUB];
             let x = transpose(v);
-            if let Some(h) = importance {
-                w = transpose(&h[256 * i..256 * (i + 1)]);
-            }
-            encode_block(v, &x, &mut w, importance.is_some(), b);
+            let w = match importance {
+                Some(h) => transpose(&h[256 * i..256 * (i + 1)]),
+                None => squares(&x),
+            };
+            encode_block(v, &x, &w, b);
         }
     }
 }
@@ -64,48 +65,21 @@ fn transpose(values: &[f32]) -> [Lane; SUB] {
     x
 }
 
+#[inline(always)]
+fn squares(x: &[Lane; SUB]) -> [Lane; SUB] {
+    let mut w = *x;
+    for w in w.as_flattened_mut() {
+        *w *= *w;
+    }
+    w
+}
+
 /// Nearest integer clamped to −32..=31.
 #[inline(always)]
 fn quant(x: f32) -> f32 {
     let q = nearest(x);
     let q = if q > -32.0 { q } else { -32.0 };
     if q < 31.0 { q } else { 31.0 }
-}
-
-#[inline(always)]
-fn fit(x: &[Lane; SUB], w: &mut [Lane; SUB], important: bool) -> Lane {
-    let (mut peak, mut wx) = ([0.0f32; LANES], [[0.0f32; LANES]; SUB]);
-    for j in 0..SUB {
-        for l in 0..LANES {
-            let v = x[j][l];
-            peak[l] = if v.abs() > peak[l].abs() { v } else { peak[l] };
-            w[j][l] = if important { w[j][l] } else { v * v };
-            wx[j][l] = w[j][l] * v;
-        }
-    }
-    let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
-    for step in -9..=9 {
-        let mut inv = [0.0f32; LANES];
-        for l in 0..LANES {
-            inv[l] = -(32.0 + 0.1 * step as f32) * if peak[l].abs() > 1e-15 { 1.0 / peak[l] } else { 0.0 };
-        }
-        let (mut qx, mut qq) = ([0.0f32; LANES], [0.0f32; LANES]);
-        for j in 0..SUB {
-            for l in 0..LANES {
-                let q = quant(inv[l] * x[j][l]);
-                qx[l] += wx[j][l] * q;
-                qq[l] += w[j][l] * q * q;
-            }
-        }
-        for l in 0..LANES {
-            // The error falls by qx²/qq. Where all quants are 0 this is NaN and loses.
-            let gain = qx[l] * qx[l] / qq[l];
-            if gain > best[l] {
-                (best[l], scale[l]) = (gain, qx[l] / qq[l]);
-            }
-        }
-    }
-    scale
 }
 
 #[inline(always)]
@@ -146,8 +120,8 @@ fn integers(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, d: f32) -> (Lane, Lane) 
 }
 
 #[inline(always)]
-fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important: bool, b: &mut [u8]) {
-    let s = fit(x, w, important);
+fn encode_block(values: &[f32], x: &[Lane; SUB], w: &[Lane; SUB], b: &mut [u8]) {
+    let s = fit_symmetric(x, w, 32.0, 31.0);
     let peak = s.iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
     b.fill(0);
     if peak.abs() < 1e-15 {
@@ -183,6 +157,11 @@ fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important:
             *q = to_byte(quant(v * inv) + 32.0);
         }
     }
+    pack(&q, b);
+}
+
+#[inline(always)]
+fn pack(q: &[u8], b: &mut [u8]) {
     for half in 0..2 {
         let q = &q[128 * half..128 * half + 128];
         for j in 0..32 {
@@ -190,5 +169,33 @@ fn encode_block(values: &[f32], x: &[Lane; SUB], w: &mut [Lane; SUB], important:
             b[64 * half + j + 32] = (q[j + 32] & 15) | (q[j + 96] & 15) << 4;
             b[128 + 32 * half + j] = q[j] >> 4 | (q[j + 32] >> 4) << 2 | (q[j + 64] >> 4) << 4 | (q[j + 96] >> 4) << 6;
         }
+    }
+}
+
+impl Grid for Q6K {
+    const SUB: usize = SUB;
+    const TOP: u8 = 63;
+    const OFFSET: i32 = -32;
+    const HAS_MIN: bool = false;
+    const SCALES: Scales = Scales::Integers { lo: -128, hi: 127 };
+
+    #[inline(always)]
+    fn units(b: &[u8]) -> (f32, f32) {
+        (f16_at(b, 208), 0.0)
+    }
+
+    #[inline(always)]
+    fn step(b: &[u8], sub: usize) -> Step {
+        Step { step: f16_at(b, 208) * f32::from(b[192 + sub] as i8), min: 0.0 }
+    }
+
+    #[inline(always)]
+    fn set_step(b: &mut [u8], sub: usize, s: Step) {
+        b[192 + sub] = nearest(s.step * inverse(f16_at(b, 208))) as i8 as u8;
+    }
+
+    #[inline(always)]
+    fn pack(q: &[u8], b: &mut [u8]) {
+        pack(q, b);
     }
 }

@@ -1,0 +1,116 @@
+//! Encoders of the 32-value types that weigh each value's error, for when
+//! importances are known (without them those types reproduce ggml's bytes).
+//! ω is importance · √(σ² + w²), σ² the block's mean square.
+//!
+//! Sixteen blocks ride in lanes, as in `affine`.
+
+use super::affine;
+use super::rounding::{inverse, nearest, round_to_f16, to_byte};
+
+pub const LANES: usize = 16;
+pub type Lane = [f32; LANES];
+const LEN: usize = 32;
+
+/// Quants −HALF..HALF, w ≈ d·q: `store(block, d, quants + HALF)`.
+#[inline(always)]
+pub fn symmetric<const HALF: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, &[u8; LEN])) {
+    each_sixteen(values, importance, |x, w, block, n| {
+        let d = fit_symmetric::<LEN>(x, w, HALF as f32, HALF as f32 - 1.0);
+        for l in 0..n {
+            let d = round_to_f16(d[l]);
+            let inv = inverse(d);
+            let mut q = [0u8; LEN];
+            for (j, q) in q.iter_mut().enumerate() {
+                *q = to_byte(clamp(nearest(x[j][l] * inv), -HALF as f32, HALF as f32 - 1.0) + HALF as f32);
+            }
+            store(block + l, d, &q);
+        }
+    });
+}
+
+/// Quants 0..=TOP, w ≈ d·q + m: `store(block, d, m, quants)`.
+#[inline(always)]
+pub fn with_min<const TOP: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, f32, &[u8; LEN])) {
+    each_sixteen(values, importance, |x, w, block, n| {
+        let mut total = [0.0; LANES];
+        for w in w.iter() {
+            for l in 0..LANES {
+                total[l] += w[l];
+            }
+        }
+        let (d, m) = affine::fit::<TOP>(x, w, &total);
+        for l in 0..n {
+            let (d, m) = (round_to_f16(d[l]), round_to_f16(-m[l]));
+            let inv = inverse(d);
+            let mut q = [0u8; LEN];
+            for (j, q) in q.iter_mut().enumerate() {
+                *q = to_byte(clamp(nearest((x[j][l] - m) * inv), 0.0, TOP as f32));
+            }
+            store(block + l, d, m, &q);
+        }
+    });
+}
+
+/// Values and weights of sixteen blocks in lanes, the first block's number, and how many there are.
+#[inline(always)]
+fn each_sixteen(values: &[f32], importance: &[f32], mut f: impl FnMut(&[Lane; LEN], &mut [Lane; LEN], usize, usize)) {
+    let blocks = values.len() / LEN;
+    for first in (0..blocks).step_by(LANES) {
+        let n = LANES.min(blocks - first);
+        let mut x = [[0.0; LANES]; LEN];
+        let mut w = [[0.0; LANES]; LEN];
+        for l in 0..LANES {
+            let at = (first + l.min(n - 1)) * LEN;
+            let (v, h) = (&values[at..at + LEN], &importance[at..at + LEN]);
+            let sigma2 = v.iter().map(|v| v * v).sum::<f32>() / LEN as f32;
+            for j in 0..LEN {
+                x[j][l] = v[j];
+                w[j][l] = h[j] * (sigma2 + v[j] * v[j]).sqrt();
+            }
+        }
+        f(&x, &mut w, first, n);
+    }
+}
+
+#[inline(always)]
+pub fn clamp(x: f32, lo: f32, hi: f32) -> f32 {
+    let x = if x > lo { x } else { lo };
+    if x < hi { x } else { hi }
+}
+
+/// For each lane the scale s of least Σ ω (x − s·q)², q in −half..=top: of 19
+/// grids around the value of largest magnitude, the least-squares scale of the best.
+#[inline(always)]
+pub fn fit_symmetric<const N: usize>(x: &[Lane; N], w: &[Lane; N], half: f32, top: f32) -> Lane {
+    let (mut peak, mut wx) = ([0.0f32; LANES], [[0.0f32; LANES]; N]);
+    for j in 0..N {
+        for l in 0..LANES {
+            let v = x[j][l];
+            peak[l] = if v.abs() > peak[l].abs() { v } else { peak[l] };
+            wx[j][l] = w[j][l] * v;
+        }
+    }
+    let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
+    for step in -9..=9 {
+        let mut inv = [0.0f32; LANES];
+        for l in 0..LANES {
+            inv[l] = -(half + 0.1 * step as f32) * if peak[l].abs() > 1e-15 { 1.0 / peak[l] } else { 0.0 };
+        }
+        let (mut qx, mut qq) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for j in 0..N {
+            for l in 0..LANES {
+                let q = clamp(nearest(inv[l] * x[j][l]), -half, top);
+                qx[l] += wx[j][l] * q;
+                qq[l] += w[j][l] * q * q;
+            }
+        }
+        for l in 0..LANES {
+            // The error falls by qx²/qq. Where all quants are 0 this is NaN and loses.
+            let gain = qx[l] * qx[l] / qq[l];
+            if gain > best[l] {
+                (best[l], scale[l]) = (gain, qx[l] / qq[l]);
+            }
+        }
+    }
+    scale
+}
