@@ -110,6 +110,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_float(self, v: &[f32; 16]) -> Self::Float;
     /// a · b + c.
     fn mul_add(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
+    /// Each lane within lo..=hi; NaN becomes `lo`.
+    fn clamp(self, v: Self::Float, lo: f32, hi: f32) -> Self::Float;
     fn sum(self, v: Self::Float) -> f32;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn store_float(self, v: Self::Float, out: &mut [f32; 16]);

@@ -9,9 +9,11 @@ pub mod attention;
 pub mod ceiling;
 pub mod encode;
 mod error;
+pub mod gram;
 #[allow(unsafe_code)]
 pub mod isa;
 pub mod matmul;
+mod observer;
 #[allow(unsafe_code)]
 pub mod threads;
 pub mod vecmath;
@@ -19,4 +21,5 @@ pub mod vecmath;
 pub use error::{Error, Result};
 pub use matmul::activation::{ActivationFormat, Activations};
 pub use matmul::{Matmul, MatmulKernel, table};
+pub use observer::Observer;
 pub use threads::Pool;

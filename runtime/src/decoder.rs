@@ -9,7 +9,8 @@ use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
 use kernels::vecmath::{self, RopeTable};
-use kernels::{ActivationFormat, Activations, Pool};
+use kernels::{ActivationFormat, Activations, Observer, Pool};
+use std::sync::Mutex;
 
 /// Tokens that pass through the layers together.
 pub const BATCH: usize = 512;
@@ -30,6 +31,8 @@ pub(crate) struct Step<'a> {
     pub rope: &'a RopeTable,
     pub n_tokens: usize,
     pub first_pos: usize,
+    /// None while a model only runs.
+    pub observer: Option<&'a Mutex<dyn Observer + 'a>>,
 }
 
 /// Buffers of one batch. Their sizes are `Scratch::lengths`, which the planner counts too.
@@ -68,7 +71,7 @@ impl Scratch {
         (floats * 4 + quantized) as u64 + h.vocab * 4
     }
 
-    fn new(h: &Hparams, batch: usize) -> Scratch {
+    pub fn new(h: &Hparams, batch: usize) -> Scratch {
         let mut buffers = Self::lengths(h, batch).into_iter().map(|n| vec![0.0f32; n]);
         let mut next = || buffers.next().unwrap_or_default();
         Scratch {
@@ -150,7 +153,7 @@ impl<'m> Decoder<'m> {
         }
         let first_pos = cache.len();
         self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
-        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos };
+        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer: None };
         for (i, layer) in self.model.layers.iter().enumerate() {
             attention::run(&step, i, &layer.attention, cache, &mut self.scratch);
             feed_forward::run(&step, layer, &mut self.scratch);
@@ -165,7 +168,7 @@ impl<'m> Decoder<'m> {
             let norm = |t: usize, out: &mut [f32]| {
                 vecmath::rms_norm_row(&x[(from + t) * hidden..(from + t + 1) * hidden], weight, h.rms_eps, out);
             };
-            s.quantized.matmul(pool, n - from, hidden, &norm, &mut [(&self.model.output, &mut self.logits[old..])]);
+            s.quantized.matmul(&step, n - from, hidden, &norm, &mut [(&self.model.output, &mut self.logits[old..])]);
             // NaN spreads, so the last row tells whether anything went wrong on the way.
             if !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { position: first_pos + n - 1 });

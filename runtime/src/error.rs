@@ -33,4 +33,12 @@ pub enum Error {
     OutOfMemory { what: &'static str, needed: usize },
     #[error("reading the model failed: {reason}")]
     Prefetch { reason: String },
+    #[error("the temporary file of hidden states {reason}")]
+    Temporary { reason: String },
+}
+
+impl Error {
+    pub(crate) fn temporary(e: std::io::Error) -> Error {
+        Error::Temporary { reason: format!("failed: {e}; the disk may be full") }
+    }
 }

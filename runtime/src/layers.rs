@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod experts;
 pub(crate) mod feed_forward;
 
+use crate::decoder::Step;
 use crate::model::Weight;
 use kernels::matmul::{Job, run_group};
 use kernels::threads::Matrix;
@@ -16,6 +17,8 @@ pub(crate) struct Quantized {
     per_32: Activations,
     per_256: Activations,
     float: Activations,
+    /// What an observer is shown.
+    observed: Vec<f32>,
 }
 
 impl Quantized {
@@ -24,6 +27,7 @@ impl Quantized {
             per_32: Activations::new(ActivationFormat::Q8Per32),
             per_256: Activations::new(ActivationFormat::Q8Per256),
             float: Activations::new(ActivationFormat::Float),
+            observed: Vec::new(),
         }
     }
 
@@ -31,12 +35,19 @@ impl Quantized {
     /// `n_tokens` rows of `cols` values that `produce` makes (a norm, say).
     pub fn matmul(
         &mut self,
-        pool: &Pool,
+        step: &Step,
         n_tokens: usize,
         cols: usize,
         produce: &(dyn Fn(usize, &mut [f32]) + Sync),
         outs: &mut [(&Weight, &mut [f32])],
     ) {
+        let pool = step.pool;
+        if let Some(observer) = step.observer {
+            self.observed.resize(n_tokens * cols, 0.0);
+            per_token(pool, &mut self.observed, cols, produce);
+            let (tensor, part) = outs[0].0.tensor();
+            observer.lock().unwrap_or_else(|e| e.into_inner()).input(pool, tensor, part, &self.observed, cols);
+        }
         for acts in [&mut self.per_32, &mut self.per_256, &mut self.float] {
             let format = acts.format();
             let mut jobs: Vec<Job> = outs

@@ -7,6 +7,7 @@ mod decoder;
 mod error;
 mod kv_cache;
 mod layers;
+pub mod layerwise;
 mod model;
 pub mod perplexity;
 pub mod plan;

@@ -10,21 +10,41 @@ use kernels::Matmul;
 use kernels::matmul::MatmulKernel;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A matrix in the map, with its kernel.
 pub struct Weight {
+    tensor: Arc<str>,
+    /// Which of the tensor's matrices: the expert of a stack, or 0.
+    part: usize,
     mapping: Mapping,
     range: Range<usize>,
     plan: Matmul,
+    decode: DecodeFn,
+    row_bytes: usize,
 }
 
 impl Weight {
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// Whole rows of `bytes` as floats.
+    pub(crate) fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        (self.decode)(bytes, out);
+    }
+
     pub fn bytes(&self) -> &[u8] {
         &self.mapping.bytes()[self.range.clone()]
     }
 
     pub fn plan(&self) -> Matmul {
         self.plan
+    }
+
+    /// The tensor's name, and which of its matrices this is (the expert of a stack, or 0).
+    pub fn tensor(&self) -> (&str, usize) {
+        (&self.tensor, self.part)
     }
 
     /// The kernel that would run a tensor; None for tensors that are no matrices, or that nothing can run.
@@ -193,7 +213,9 @@ impl Binder<'_> {
         let n_bytes = (rows * view.info.row_bytes()) as usize;
         let range = range.start + i * n_bytes..range.start + (i + 1) * n_bytes;
         plan.check(&mapping.bytes()[range.clone()]).map_err(kernel)?;
-        Ok(Weight { mapping, range, plan })
+        let decode = kernels::encode::decoder(view.info.block()).ok_or_else(|| cannot_decode(view))?;
+        let row_bytes = view.info.row_bytes() as usize;
+        Ok(Weight { tensor: view.info.name().into(), part: i, mapping, range, plan, decode, row_bytes })
     }
 
     fn matrix(&self, role: Role, layer: u64) -> Result<Option<Weight>> {

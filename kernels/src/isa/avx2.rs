@@ -190,6 +190,12 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn clamp(self, v: [__m256; 2], lo: f32, hi: f32) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token. Of a NaN and a number, the second operand comes out.
+        unsafe { each!(2, |i| _mm256_min_ps(_mm256_max_ps(v[i], _mm256_set1_ps(lo)), _mm256_set1_ps(hi))) }
+    }
+
+    #[inline(always)]
     fn sum(self, v: [__m256; 2]) -> f32 {
         // SAFETY: AVX2, by the token.
         unsafe {

@@ -249,6 +249,12 @@ impl Isa for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn clamp(self, v: __m512, lo: f32, hi: f32) -> __m512 {
+        // SAFETY: AVX-512F, by the token. Of a NaN and a number, the second operand comes out.
+        unsafe { _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(lo)), _mm512_set1_ps(hi)) }
+    }
+
+    #[inline(always)]
     fn sum(self, v: __m512) -> f32 {
         // SAFETY: AVX-512F, by the token.
         unsafe { _mm512_reduce_add_ps(v) }

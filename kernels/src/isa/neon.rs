@@ -433,6 +433,12 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
+    fn clamp(self, v: [float32x4_t; 4], lo: f32, hi: f32) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token. Of a NaN and a number, the number comes out.
+        unsafe { each!(4, |i| vminnmq_f32(vmaxnmq_f32(v[i], vdupq_n_f32(lo)), vdupq_n_f32(hi))) }
+    }
+
+    #[inline(always)]
     fn sum(self, v: [float32x4_t; 4]) -> f32 {
         // SAFETY: NEON, by the token.
         unsafe { vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3]))) }

@@ -125,6 +125,11 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn clamp(self, v: [f32; 16], lo: f32, hi: f32) -> [f32; 16] {
+        v.map(|v| v.max(lo).min(hi))
+    }
+
+    #[inline(always)]
     fn sum(self, v: [f32; 16]) -> f32 {
         v.iter().sum()
     }

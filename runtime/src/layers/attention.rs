@@ -20,7 +20,7 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
 
     let x_rows = &x[..n * hidden];
     let norm = |t: usize, out: &mut [f32]| vecmath::rms_norm_row(&x_rows[t * hidden..(t + 1) * hidden], &w.norm, h.rms_eps, out);
-    quantized.matmul(step.pool, n, hidden, &norm, &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
+    quantized.matmul(step, n, hidden, &norm, &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
 
     let adjacent = h.arch.rope == RopeLayout::AdjacentPairs;
     per_token(step.pool, q, q_len, |t, q| {
@@ -64,7 +64,7 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
     let out = &mut normed[..n * hidden];
     let attended = &attended[..n * out_len];
     let copy = |t: usize, out: &mut [f32]| out.copy_from_slice(&attended[t * out_len..(t + 1) * out_len]);
-    quantized.matmul(step.pool, n, out_len, &copy, &mut [(&w.output, &mut *out)]);
+    quantized.matmul(step, n, out_len, &copy, &mut [(&w.output, &mut *out)]);
     if w.output_bias.is_some() {
         per_token(step.pool, out, hidden, |_, out| add_bias(out, &w.output_bias));
     }

@@ -18,7 +18,7 @@ pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s
         vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], norm, step.h.rms_eps, out);
     });
     let row = |t: usize, out: &mut [f32]| out.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
-    quantized.matmul(step.pool, n, hidden, &row, &mut [(router, &mut *scores)]);
+    quantized.matmul(step, n, hidden, &row, &mut [(router, &mut *scores)]);
 
     // (token, share) of each expert.
     let mut routed: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts.len()];
@@ -40,10 +40,10 @@ pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s
             out.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
         };
         let (gate, up) = (&mut gate[..m * ffn], &mut up[..m * ffn]);
-        quantized.matmul(step.pool, m, hidden, &gathered, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
+        quantized.matmul(step, m, hidden, &gathered, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
         let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
         let out = &mut expert_out[..m * hidden];
-        quantized.matmul(step.pool, m, ffn, &active, &mut [(&expert.down, &mut *out)]);
+        quantized.matmul(step, m, ffn, &active, &mut [(&expert.down, &mut *out)]);
         for (row, (t, share)) in out.chunks_exact(hidden).zip(tokens) {
             vecmath::add_scaled(&mut x[t * hidden..(t + 1) * hidden], row, *share);
         }

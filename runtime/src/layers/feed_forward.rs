@@ -17,10 +17,10 @@ pub(crate) fn run(step: &Step, layer: &Layer, s: &mut Scratch) {
                 vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], &layer.ffn_norm, step.h.rms_eps, out);
             };
             let (gate, up) = (&mut gate[..n * ffn], &mut up[..n * ffn]);
-            quantized.matmul(step.pool, n, hidden, &norm, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
+            quantized.matmul(step, n, hidden, &norm, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
             let out = &mut normed[..n * hidden];
             let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
-            quantized.matmul(step.pool, n, ffn, &active, &mut [(&m.down, &mut *out)]);
+            quantized.matmul(step, n, ffn, &active, &mut [(&m.down, &mut *out)]);
             add(step.pool, x, out, hidden);
         }
     }
