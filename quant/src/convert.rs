@@ -10,11 +10,12 @@
 
 use crate::checkpoint::{Checkpoint, Rows, Style};
 use crate::config;
+use crate::encode::{Calibration, Method, TensorEncoder};
 use crate::error::{Error, Result};
 use crate::mix::{self, Mix, Override};
 use crate::tokenizer_meta;
 use gguf::arch::{RopeLayout, TensorRule, Transform};
-use gguf::blocks::{EncodeFn, F32};
+use gguf::blocks::F32;
 use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, Writer};
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -35,11 +36,13 @@ pub struct ConvertOptions {
     pub pre: Option<String>,
     /// 0: all that the system grants.
     pub threads: usize,
+    /// Statistics of the model's inputs, and how to round by them.
+    pub calibration: Option<Calibration>,
 }
 
 impl ConvertOptions {
     pub fn new(mix: &'static Mix) -> Self {
-        ConvertOptions { mix, overrides: vec![], pre: None, threads: 0 }
+        ConvertOptions { mix, overrides: vec![], pre: None, threads: 0, calibration: None }
     }
 }
 
@@ -78,6 +81,7 @@ pub struct Plan {
     source: Source,
     layout: Layout,
     origins: Vec<Origin>,
+    calibration: Option<Calibration>,
     /// Things worth telling the user, one line each.
     pub notes: Vec<String>,
 }
@@ -169,14 +173,14 @@ impl Values<'_> {
 }
 
 /// Opens `source` (a checkpoint folder, a `.safetensors` beside its config, or a GGUF) and decides everything.
-pub fn plan(source: &Path, options: &ConvertOptions) -> Result<Plan> {
+pub fn plan(source: &Path, options: ConvertOptions) -> Result<Plan> {
     if source.extension().is_some_and(|e| e == "gguf") && source.is_file() {
         return plan_gguf(ModelFile::open(source)?, options);
     }
     plan_checkpoint(Checkpoint::open(source)?, options)
 }
 
-fn plan_checkpoint(c: Checkpoint, options: &ConvertOptions) -> Result<Plan> {
+fn plan_checkpoint(c: Checkpoint, options: ConvertOptions) -> Result<Plan> {
     let d = config::describe(&c)?;
     let mut metadata = d.metadata;
     tokenizer_meta::write(&c, options.pre.as_deref(), d.vocab, &mut metadata)?;
@@ -219,7 +223,7 @@ fn plan_checkpoint(c: Checkpoint, options: &ConvertOptions) -> Result<Plan> {
             }
         };
         let name = rule.gguf_name(layer);
-        tensors.push((name.clone(), dims.clone(), choose(&name, &dims, &h, tied, options)));
+        tensors.push((name.clone(), dims.clone(), choose(&name, &dims, &h, tied, &options)));
         origins.push(origin);
     }
     let unknown: Vec<&str> = c.names().filter(|n| !used.contains(*n)).collect();
@@ -227,7 +231,8 @@ fn plan_checkpoint(c: Checkpoint, options: &ConvertOptions) -> Result<Plan> {
         return Err(Error::UnknownTensors { path: c.folder.clone(), arch: h.arch.name, tensor: (*first).to_owned(), count: unknown.len() });
     }
     let layout = Layout::new(metadata, tensors)?;
-    Ok(Plan { source: Source::Checkpoint(c), layout, origins, notes: vec![] })
+    let notes = check(&options, &layout)?;
+    Ok(Plan { source: Source::Checkpoint(c), layout, origins, calibration: options.calibration, notes })
 }
 
 /// The checkpoint tensors a rule takes; None where it takes none and need not.
@@ -269,10 +274,12 @@ fn choose(name: &str, dims: &[u64], h: &Hparams, tied: bool, options: &ConvertOp
     if let Some(o) = options.overrides.iter().find(|o| o.applies(name)) {
         return mix::fit_row(o.block, dims[0]);
     }
-    options.mix.type_of(name, dims[0], h, tied, false)
+    // llama-quantize chooses some types otherwise where it has an importance matrix.
+    let has_importance = options.calibration.as_ref().is_some_and(|c| c.method != Method::Search);
+    options.mix.type_of(name, dims[0], h, tied, has_importance)
 }
 
-fn plan_gguf(file: ModelFile, options: &ConvertOptions) -> Result<Plan> {
+fn plan_gguf(file: ModelFile, options: ConvertOptions) -> Result<Plan> {
     let mut metadata = file.metadata().clone();
     metadata.remove(|k| k.starts_with("split."));
     metadata.set_u32("general.file_type", options.mix.file_type);
@@ -284,7 +291,7 @@ fn plan_gguf(file: ModelFile, options: &ConvertOptions) -> Result<Plan> {
     for t in file.tensors() {
         let (name, dims) = (t.info.name(), t.info.dims());
         // What is not quantized keeps its type, as a float a small tensor was given on purpose.
-        let block = if mix::is_quantizable(name, dims.len()) { choose(name, dims, &h, tied, options) } else { t.info.block() };
+        let block = if mix::is_quantizable(name, dims.len()) { choose(name, dims, &h, tied, &options) } else { t.info.block() };
         if !t.info.block().is_plain() && notes.is_empty() {
             notes.push(format!(
                 "{} is already quantized ({} in {}); requantizing loses more than quantizing the original",
@@ -297,7 +304,12 @@ fn plan_gguf(file: ModelFile, options: &ConvertOptions) -> Result<Plan> {
     }
     let origins = tensors.iter().map(|_| Origin::Gguf).collect();
     let layout = Layout::new(metadata, tensors)?;
-    Ok(Plan { source: Source::Gguf(file), layout, origins, notes })
+    notes.extend(check(&options, &layout)?);
+    Ok(Plan { source: Source::Gguf(file), layout, origins, calibration: options.calibration, notes })
+}
+
+fn check(options: &ConvertOptions, layout: &Layout) -> Result<Vec<String>> {
+    options.calibration.as_ref().map_or(Ok(vec![]), |c| c.check(layout))
 }
 
 /// Streams the planned tensors into `target`, which appears only when whole.
@@ -345,14 +357,14 @@ fn convert_tensor(
     let info = &plan.layout.tensors()[i];
     let values = plan.values(i)?;
     let (cols, rows, row_bytes) = (info.row_len() as usize, info.n_rows() as usize, info.row_bytes() as usize);
-    let encode = kernels::encode::encoder(info.block()).ok_or(gguf::Error::CannotEncode { type_name: info.block().name })?;
     let copy = match &values {
         Values::Gguf { bytes, block, .. } if *block == info.block() => Some(*bytes),
         _ => None,
     };
+    let encoder = pool.install(|| TensorEncoder::new(info, plan.calibration.as_ref().filter(|_| copy.is_none())))?;
     let bad = (AtomicU64::new(0), AtomicU64::new(0));
-    let batch_rows = (BATCH / cols).max(1);
-    let chunk_rows = (CHUNK / cols).max(1);
+    let chunk_rows = encoder.rows_at_once(CHUNK);
+    let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
     for first in (0..rows).step_by(batch_rows) {
         if progress.cancelled() {
             return Err(Error::Cancelled);
@@ -363,7 +375,7 @@ fn convert_tensor(
             Some(bytes) => out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]),
             None => pool.install(|| {
                 out.par_chunks_mut(chunk_rows * row_bytes).enumerate().for_each(|(k, out)| {
-                    encode_rows(&values, first + k * chunk_rows, cols, row_bytes, encode, out, &bad);
+                    encode_rows(&values, first + k * chunk_rows, cols, row_bytes, &encoder, out, &bad);
                 });
             }),
         }
@@ -383,7 +395,7 @@ fn encode_rows(
     first: usize,
     cols: usize,
     row_bytes: usize,
-    encode: EncodeFn,
+    encoder: &TensorEncoder,
     out: &mut [u8],
     bad: &(AtomicU64, AtomicU64),
 ) {
@@ -400,7 +412,7 @@ fn encode_rows(
         bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
         return; // The file will not be finished; do not feed the search what it cannot rank.
     }
-    encode(&x, None, out);
+    encoder.encode(first, &x, out);
 }
 
 #[cfg(test)]

@@ -39,6 +39,8 @@ pub enum Error {
     Cancelled,
     #[error("{path}: {problems} problem(s), first: {first}")]
     Verify { path: PathBuf, problems: usize, first: String },
+    #[error("statistics of '{what}': {reason}")]
+    Statistics { what: String, reason: String },
     #[error("a worker thread failed: {reason}")]
     Worker { reason: String },
 }

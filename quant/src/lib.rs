@@ -5,9 +5,11 @@
 pub mod checkpoint;
 mod config;
 pub mod convert;
+pub mod encode;
 mod error;
 pub mod mix;
 mod sentencepiece;
+pub mod statistics;
 pub mod synth;
 pub mod tokenizer_meta;
 pub mod verify;

@@ -51,7 +51,7 @@ pub fn verify(path: &Path, against: Option<&Path>) -> Result<Report> {
         Err(e) => problems.push(e.to_string()),
     }
     let source = match against {
-        Some(src) => Some(convert::plan(src, &ConvertOptions::new(mix::by_name("F32")?))?),
+        Some(src) => Some(convert::plan(src, ConvertOptions::new(mix::by_name("F32")?))?),
         None => None,
     };
     let views: Vec<TensorView> = file.tensors().collect();

@@ -1,0 +1,205 @@
+//! How a tensor's rows become blocks: by the plain search, by a search that
+//! weighs errors with an importance matrix, or by rounding against the second
+//! moment of the tensor's inputs (`hessian`).
+
+pub mod hessian;
+
+use crate::error::{Error, Result};
+use crate::statistics::{MIN_TOKENS, Statistics};
+use gguf::blocks::{self, BlockType, EncodeFn};
+use gguf::{Layout, TensorInfo};
+use hessian::{BLOCK, Factors, ROWS};
+use rayon::prelude::*;
+
+/// By the names users write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// No statistics.
+    Search,
+    /// Each column's mean square.
+    Imatrix,
+    /// Blocks of 256 columns' second moments.
+    Hessian,
+}
+
+const NAMES: [(&str, Method); 3] = [("search", Method::Search), ("imatrix", Method::Imatrix), ("hessian", Method::Hessian)];
+
+impl Method {
+    pub fn by_name(name: &str) -> Option<Method> {
+        NAMES.iter().find(|(n, _)| *n == name).map(|m| m.1)
+    }
+
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(_, m)| *m == self).map_or("", |m| m.0)
+    }
+}
+
+/// What a conversion knows of the model's inputs, and what it does with it.
+pub struct Calibration {
+    pub statistics: Statistics,
+    pub method: Method,
+}
+
+impl Calibration {
+    /// Reads all that the conversion will ask for, so that what is wrong is
+    /// known before the work begins. Returns what the user should know.
+    pub fn check(&self, layout: &Layout) -> Result<Vec<String>> {
+        if self.method == Method::Search {
+            return Ok(vec![]);
+        }
+        let (mut notes, mut unknown, mut known) = (Vec::new(), Vec::new(), 0);
+        for t in layout.tensors().iter().filter(|t| !t.block().is_plain()) {
+            let (name, cols, parts) = (t.name(), t.row_len() as usize, n_parts(t));
+            let Some((_, tokens)) = self.statistics.importance(name, cols, parts)? else {
+                unknown.push(name);
+                continue;
+            };
+            known += 1;
+            let rare: Vec<String> = (0..parts).filter(|p| parts > 1 && tokens[*p] < MIN_TOKENS).map(|p| p.to_string()).collect();
+            if !rare.is_empty() {
+                notes.push(format!("{name}: experts {} were seen too rarely and get the plain search", rare.join(", ")));
+            }
+            for (part, block) in (0..parts).flat_map(|p| (0..cols.div_ceil(BLOCK)).map(move |b| (p, b))) {
+                if self.method == Method::Hessian
+                    && grid_of(t.block()).is_some()
+                    && self.statistics.block(name, cols, part, block)?.is_none()
+                {
+                    return Err(no_blocks(name));
+                }
+            }
+        }
+        if let (0, Some(first)) = (known, unknown.first()) {
+            let reason = "the file holds nothing for it nor for any other tensor of this model; it is another model's".into();
+            return Err(Error::Statistics { what: (*first).to_owned(), reason });
+        }
+        if !unknown.is_empty() {
+            notes.push(format!("no statistics for {}; the plain search is used there", unknown.join(", ")));
+        }
+        Ok(notes)
+    }
+}
+
+fn no_blocks(tensor: &str) -> Error {
+    let reason = "the file has no blocks for it; calibrate again, or use --method imatrix".into();
+    Error::Statistics { what: tensor.to_owned(), reason }
+}
+
+/// Matrices of a tensor: experts of a stack, or 1.
+fn n_parts(info: &TensorInfo) -> usize {
+    info.dims().get(2).map_or(1, |&n| n as usize)
+}
+
+type EncodeRows = fn(&Factors, &[f32], &mut [u8], Option<&mut f64>);
+
+macro_rules! grids {
+    ($($name:ident $module:ident::$codec:ident),*) => {
+        /// The types that can be rounded against a second moment.
+        static GRIDS: &[(&BlockType, EncodeRows)] = &[$((&blocks::$name, hessian::encode::<blocks::$module::$codec>)),*];
+    };
+}
+grids!(Q4_0 q4_0::Q4_0, Q4_1 q4_1::Q4_1, Q5_0 q5_0::Q5_0, Q5_1 q5_1::Q5_1, Q8_0 q8_0::Q8_0, Q4_K q4_k::Q4K, Q5_K q5_k::Q5K, Q6_K q6_k::Q6K);
+
+fn grid_of(block: &BlockType) -> Option<EncodeRows> {
+    GRIDS.iter().find(|(b, _)| *b == block).map(|g| g.1)
+}
+
+/// The encoder of one tensor.
+pub struct TensorEncoder {
+    plain: EncodeFn,
+    cols: usize,
+    row_bytes: usize,
+    block: &'static BlockType,
+    /// Of the parts (experts) that were seen enough; the others get the plain search.
+    parts: Vec<Option<Part>>,
+    rows_per_part: usize,
+}
+
+enum Part {
+    Importance(Vec<f32>),
+    Hessian(EncodeRows, Vec<Factors>),
+}
+
+impl TensorEncoder {
+    /// Factors are computed in parallel on the current rayon pool.
+    pub fn new(info: &TensorInfo, calibration: Option<&Calibration>) -> Result<TensorEncoder> {
+        let block = info.block();
+        let plain = kernels::encode::encoder(block).ok_or(gguf::Error::CannotEncode { type_name: block.name })?;
+        let (cols, rows) = (info.row_len() as usize, info.n_rows() as usize);
+        let n_parts = n_parts(info);
+        let mut parts = Vec::new();
+        if let Some(c) = calibration.filter(|c| c.method != Method::Search && !block.is_plain()) {
+            parts = parts_of(info, c, cols, n_parts)?;
+        }
+        parts.resize_with(n_parts, || None);
+        Ok(TensorEncoder { plain, cols, row_bytes: info.row_bytes() as usize, block, parts, rows_per_part: rows / n_parts })
+    }
+
+    /// Rows that `encode` is best given at a time.
+    pub fn rows_at_once(&self, chunk: usize) -> usize {
+        match self.parts.iter().any(|p| matches!(p, Some(Part::Hessian(..)))) {
+            true => 4 * ROWS,
+            false => (chunk / self.cols).max(1),
+        }
+    }
+
+    /// Encodes whole rows, `first` being the number of the first.
+    pub fn encode(&self, first: usize, x: &[f32], out: &mut [u8]) {
+        let rows = x.len() / self.cols;
+        let mut done = 0;
+        while done < rows {
+            let part = (first + done) / self.rows_per_part;
+            let n = ((part + 1) * self.rows_per_part - (first + done)).min(rows - done);
+            let x = &x[done * self.cols..(done + n) * self.cols];
+            let out = &mut out[done * self.row_bytes..(done + n) * self.row_bytes];
+            match &self.parts[part] {
+                None => (self.plain)(x, None, out),
+                Some(Part::Importance(importance)) => (self.plain)(x, Some(&importance.repeat(n)), out),
+                Some(Part::Hessian(encode, factors)) => self.round(*encode, factors, x, out),
+            }
+            done += n;
+        }
+    }
+
+    fn round(&self, encode: EncodeRows, factors: &[Factors], x: &[f32], out: &mut [u8]) {
+        let rows = x.len() / self.cols;
+        let (mut values, mut bytes) = (vec![0.0f32; ROWS * BLOCK], vec![0u8; ROWS * self.block.bytes_for(BLOCK as u64) as usize]);
+        for (b, f) in factors.iter().enumerate() {
+            let n_bytes = self.block.bytes_for(f.n as u64) as usize;
+            let from = self.block.bytes_for((b * BLOCK) as u64) as usize;
+            for first in (0..rows).step_by(ROWS) {
+                // The last row fills lanes that have none of their own.
+                for (r, values) in values.chunks_exact_mut(f.n).take(ROWS).enumerate() {
+                    let row = (first + r).min(rows - 1);
+                    values.copy_from_slice(&x[row * self.cols + b * BLOCK..][..f.n]);
+                }
+                encode(f, &values[..ROWS * f.n], &mut bytes[..ROWS * n_bytes], None);
+                for (r, bytes) in bytes.chunks_exact(n_bytes).take(ROWS.min(rows - first)).enumerate() {
+                    out[(first + r) * self.row_bytes + from..][..n_bytes].copy_from_slice(bytes);
+                }
+            }
+        }
+    }
+}
+
+fn parts_of(info: &TensorInfo, c: &Calibration, cols: usize, n_parts: usize) -> Result<Vec<Option<Part>>> {
+    let name = info.name();
+    let Some((means, tokens)) = c.statistics.importance(name, cols, n_parts)? else { return Ok(vec![]) };
+    let rounds = grid_of(info.block());
+    let part = |p: usize| -> Result<Option<Part>> {
+        if tokens[p] < MIN_TOKENS && n_parts > 1 {
+            return Ok(None);
+        }
+        if let (Method::Hessian, Some(encode)) = (c.method, rounds) {
+            let factors = (0..cols.div_ceil(BLOCK))
+                .into_par_iter()
+                .map(|b| {
+                    let moment = c.statistics.block(name, cols, p, b)?.ok_or_else(|| no_blocks(name))?;
+                    Ok(Factors::new(&moment, BLOCK.min(cols - b * BLOCK)))
+                })
+                .collect::<Result<Vec<_>>>()?;
+            return Ok(Some(Part::Hessian(encode, factors)));
+        }
+        Ok(Some(Part::Importance(means[p * cols..(p + 1) * cols].to_vec())))
+    };
+    (0..n_parts).map(part).collect()
+}
