@@ -96,7 +96,7 @@ fn bench_type(kind: &str, test: bool) {
     let source = folder.join(format!("{name}-hf"));
     checkpoint(shape, &source);
     let mix = quant::mix::by_name(kind).expect("known type");
-    let plan = quant::plan(&source, &quant::ConvertOptions::new(mix)).expect("plan");
+    let plan = quant::plan(&source, quant::ConvertOptions::new(mix)).expect("plan");
     let weights = plan.total_weights() as f64;
     let out = folder.join("ours.gguf");
     let ours = || {
@@ -108,7 +108,7 @@ fn bench_type(kind: &str, test: bool) {
     let theirs = {
         let f16 = folder.join(format!("{name}-hf-F16.gguf"));
         if !f16.is_file() {
-            let plan = quant::plan(&source, &quant::ConvertOptions::new(quant::mix::by_name("F16").expect("type"))).expect("plan");
+            let plan = quant::plan(&source, quant::ConvertOptions::new(quant::mix::by_name("F16").expect("type"))).expect("plan");
             quant::convert(&plan, &f16, threads, &Silent).expect("convert");
         }
         let out = folder.join("theirs.gguf");

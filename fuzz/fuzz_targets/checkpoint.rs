@@ -37,7 +37,7 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = std::fs::remove_file(folder.join("tokenizer.model"));
     }
     let mix = quant::mix::by_name("Q4_K_M").unwrap();
-    let Ok(plan) = quant::plan(&folder, &quant::ConvertOptions::new(mix)) else { return };
+    let Ok(plan) = quant::plan(&folder, quant::ConvertOptions::new(mix)) else { return };
     if plan.total_weights() < 1 << 22 {
         let _ = quant::convert(&plan, &folder.join("out.gguf"), 1, &quant::convert::Silent);
     }

@@ -81,16 +81,97 @@ fn c_path(path: &Path) -> CString {
 
 /// llama-quantize: `input` GGUF to `output` in file type `ftype`.
 pub fn quantize_file(input: &Path, output: &Path, ftype: u32, threads: i32) {
+    quantize_file_with(input, output, ftype, threads, &[], None);
+}
+
+/// The same with an importance matrix (tensor and its columns' mean squares), and another type for embedding and head.
+pub fn quantize_file_with(input: &Path, output: &Path, ftype: u32, threads: i32, imatrix: &[(String, Vec<f32>)], edges: Option<u32>) {
     init();
-    // SAFETY: the paths live through the call; the parameters are the library's defaults but for scalars.
+    let names: Vec<CString> = imatrix.iter().map(|(name, _)| CString::new(name.as_str()).expect("no NUL in a name")).collect();
+    let entry = |(name, (_, data)): (&CString, &(String, Vec<f32>))| sys::llama_model_imatrix_data {
+        name: name.as_ptr(),
+        data: data.as_ptr(),
+        size: data.len(),
+    };
+    let mut entries: Vec<_> = names.iter().zip(imatrix).map(entry).collect();
+    entries.push(sys::llama_model_imatrix_data { name: std::ptr::null(), data: std::ptr::null(), size: 0 });
+    // SAFETY: paths, names and data live through the call, the list ends with a null name; the
+    // other parameters are the library's defaults but for scalars.
     let rc = unsafe {
         let mut p = sys::llama_model_quantize_default_params();
         p.ftype = ftype as sys::llama_ftype;
         p.nthread = threads;
         p.allow_requantize = true;
+        if !imatrix.is_empty() {
+            p.imatrix = entries.as_ptr();
+        }
+        if let Some(block) = edges {
+            p.output_tensor_type = block as sys::ggml_type;
+            p.token_embedding_type = block as sys::ggml_type;
+        }
         sys::llama_model_quantize(c_path(input).as_ptr(), c_path(output).as_ptr(), &p)
     };
     assert_eq!(rc, 0, "llama_model_quantize failed");
+}
+
+/// A float tensor of a GGUF file, read by ggml.
+pub fn read_floats(path: &Path, tensor: &str) -> Option<Vec<f32>> {
+    init();
+    let name = CString::new(tensor).expect("no NUL in a name");
+    // SAFETY: path and name live through the calls; a file that opens has its tensors' data in
+    // `context`; both contexts are freed once, after the copy.
+    unsafe {
+        let mut context: *mut sys::ggml_context = std::ptr::null_mut();
+        let file = sys::gguf_init_from_file(c_path(path).as_ptr(), sys::gguf_init_params { no_alloc: false, ctx: &mut context });
+        assert!(!file.is_null(), "ggml cannot open {}", path.display());
+        let t = sys::ggml_get_tensor(context, name.as_ptr());
+        let floats = (!t.is_null()).then(|| std::slice::from_raw_parts((*t).data.cast::<f32>(), sys::ggml_nelements(t) as usize).to_vec());
+        sys::gguf_free(file);
+        sys::ggml_free(context);
+        floats
+    }
+}
+
+/// Σ x² of each column of what llama.cpp multiplies a model's matrices with, and the number of rows.
+pub type Squares = std::collections::HashMap<String, (Vec<f64>, u64)>;
+
+unsafe extern "C" fn add_squares(t: *mut sys::ggml_tensor, ask: bool, data: *mut c_void) -> bool {
+    // SAFETY: llama.cpp calls this with a tensor of its graph and the `Squares` given to the
+    // context; on the CPU backend a computed tensor's sources are floats in host memory.
+    unsafe {
+        let (t, squares) = (&*t, &mut *data.cast::<Squares>());
+        if t.op != sys::GGML_OP_MUL_MAT {
+            return false;
+        }
+        let name = std::ffi::CStr::from_ptr((*t.src[0]).name.as_ptr()).to_string_lossy();
+        let x = &*t.src[1];
+        if !name.ends_with(".weight") || x.type_ != sys::GGML_TYPE_F32 {
+            return false;
+        }
+        if !ask {
+            let (cols, rows) = (x.ne[0] as usize, (x.ne[1] * x.ne[2] * x.ne[3]) as usize);
+            let (sums, n) = squares.entry(name.into_owned()).or_insert_with(|| (vec![0.0; cols], 0));
+            *n += rows as u64;
+            for row in std::slice::from_raw_parts(x.data.cast::<f32>(), cols * rows).chunks_exact(cols) {
+                sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v) * f64::from(*v));
+            }
+        }
+        true
+    }
+}
+
+/// What llama.cpp multiplies each matrix with while it reads windows of `context` tokens.
+pub fn input_squares(path: &Path, tokens: &[u32], context: usize) -> Squares {
+    let mut squares = Squares::new();
+    let options = LlamaOptions { context: context as u32, threads: 2, repack: false, kv: 0 };
+    let mut llama = Llama::open_observed(path, &options, Some(&mut squares));
+    for window in tokens.chunks_exact(context) {
+        llama.truncate(0);
+        // All logits: else the last layer computes the last token only.
+        llama.decode(window, 0, true);
+    }
+    drop(llama);
+    squares
 }
 
 /// A model and context of llama.cpp.
@@ -111,6 +192,11 @@ pub struct LlamaOptions {
 
 impl Llama {
     pub fn open(path: &Path, o: &LlamaOptions) -> Llama {
+        Llama::open_observed(path, o, None)
+    }
+
+    /// `squares` must outlive the result.
+    fn open_observed(path: &Path, o: &LlamaOptions, squares: Option<&mut Squares>) -> Llama {
         init();
         // SAFETY: the path lives through the call; results are checked for null; both are freed in Drop.
         unsafe {
@@ -126,6 +212,10 @@ impl Llama {
             c.n_threads_batch = o.threads;
             c.type_k = o.kv as _;
             c.type_v = o.kv as _;
+            if let Some(squares) = squares {
+                c.cb_eval = Some(add_squares);
+                c.cb_eval_user_data = (squares as *mut Squares).cast();
+            }
             let context = sys::llama_init_from_model(model, c);
             assert!(!context.is_null(), "llama.cpp cannot make a context");
             let vocab = sys::llama_vocab_n_tokens(sys::llama_model_get_vocab(model)) as usize;

@@ -62,9 +62,24 @@ pub fn copy_folder(from: &Path, to: &Path) {
 /// Converts `source` to `kind` in `folder`.
 pub fn convert(source: &Path, kind: &str, folder: &Folder) -> PathBuf {
     let options = quant::ConvertOptions::new(quant::mix::by_name(kind).unwrap());
-    let plan = quant::plan(source, &options).unwrap();
+    let plan = quant::plan(source, options).unwrap();
     let target = folder.file(&format!("{kind}.gguf"));
     quant::convert(&plan, &target, 0, &quant::convert::Silent).unwrap();
+    target
+}
+
+/// Statistics of `tokens` in windows of `context`.
+pub fn calibrate(file: &Path, tokens: &[u32], context: usize, folder: &Folder) -> PathBuf {
+    let model = runtime::Model::open(file).unwrap();
+    let target = folder.file("stats.gguf");
+    let mut layers = runtime::layerwise::Layerwise::new(&model, tokens, context, Path::new(".")).unwrap();
+    let tied = model.file().get("output.weight").is_none();
+    let collector = quant::statistics::Collector::create(&target, model.hparams(), tied, "a test", layers.n_windows(), context).unwrap();
+    let collector = std::sync::Mutex::new(collector);
+    let done: Result<(), Box<dyn std::error::Error>> =
+        layers.run(&kernels::Pool::new(2), &collector, || (), |c: &mut quant::statistics::Collector| Ok(c.write()?));
+    done.unwrap();
+    collector.into_inner().unwrap().finish().unwrap();
     target
 }
 

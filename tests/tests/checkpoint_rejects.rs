@@ -22,7 +22,7 @@ fn save(path: &Path, tensors: &Tensors) {
 fn error_of(source: &Path) -> String {
     let options = ConvertOptions::new(mix::by_name("Q8_0").unwrap());
     let target = source.join("out.gguf");
-    let e = match quant::plan(source, &options) {
+    let e = match quant::plan(source, options) {
         Err(e) => e,
         Ok(p) => quant::convert(&p, &target, 1, &Silent).expect_err("must fail"),
     };
@@ -129,7 +129,7 @@ fn damaged_indexes_and_tokenizers_are_refused() {
 }
 
 fn converted(source: &Path, folder: &Folder, name: &str) -> Vec<(String, Vec<u64>, Vec<u8>)> {
-    let plan = quant::plan(source, &ConvertOptions::new(mix::by_name("F32").unwrap())).unwrap();
+    let plan = quant::plan(source, ConvertOptions::new(mix::by_name("F32").unwrap())).unwrap();
     let target = folder.file(name);
     quant::convert(&plan, &target, 2, &Silent).unwrap();
     gguf::ModelFile::open(&target)

@@ -310,3 +310,54 @@ fn a_killed_conversion_leaves_no_half_file() {
     println!("{killed} of 20 were killed before the end");
     assert!(killed > 0);
 }
+
+/// Statistics from a text, and a file rounded by them; what can be wrong with either is said before the work.
+#[test]
+fn calibrates_and_quantizes_by_it() {
+    let folder = Folder::new("cli-calibrate");
+    let (demo, text) = (demo(), demo().join("calibration.txt"));
+    let (stats, out) = (folder.file("stats.gguf"), folder.file("out.gguf"));
+    let calibrate = ["calibrate", path(&demo), "-f", path(&text), "-o", path(&stats)];
+    let j = json(&[&calibrate[..], &["--tokens", "8192", "--json"]].concat());
+    assert_eq!((j["tokens"].as_u64(), j["windows"].as_u64()), (Some(8192), Some(16)));
+    assert!(j["memory_bytes"].as_u64().unwrap() > 0 && j["temporary_bytes"] == 8192 * 256 * 4);
+    let quantize = ["quantize", path(&demo), "-t", "Q4_K_M", "-o", path(&out)];
+    ok(&quantize);
+    let plain = std::fs::read(&out).unwrap();
+    for method in [None, Some("hessian"), Some("imatrix"), Some("search")] {
+        let method: Vec<&str> = method.iter().flat_map(|m| ["--method", m]).collect();
+        ok(&[&quantize[..], &["--calibration", path(&stats)], &method].concat());
+        let bytes = std::fs::read(&out).unwrap();
+        assert_eq!(bytes.len(), plain.len(), "{method:?}");
+        assert_eq!(bytes == plain, method == ["--method", "search"], "{method:?}");
+        ok(&["verify", path(&out)]);
+    }
+
+    let short = folder.file("short.txt");
+    std::fs::write(&short, "Too little to learn from.").unwrap();
+    fails(&["calibrate", path(&demo), "-f", path(&short), "-o", path(&out)], &["tokens", "at least 4096", "longer text"]);
+    fails(&[&calibrate[..], &["--tokens", "100"]].concat(), &["--tokens 100", "4096"]);
+    fails(&[&calibrate[..], &["--ctx", "4096"]].concat(), &["--ctx 4096", "2048"]);
+    fails(&[&calibrate[..], &["--max-memory", "1MiB"]].concat(), &["--max-memory", "1.0 MiB"]);
+    fails(&["calibrate", path(&demo), "-f", path(&text), "-o", "/no/such/folder/x"], &["/no/such/folder", "create it"]);
+    let with = |stats: &Path| [&quantize[..], &["--calibration", path(stats)]].concat().iter().map(|s| s.to_string()).collect::<Vec<_>>();
+    let fails_with = |args: Vec<String>, words: &[&str]| fails(&args.iter().map(String::as_str).collect::<Vec<_>>(), words);
+    fails_with(with(&out), &["no input statistics", "grist calibrate"]);
+    fails_with([with(&stats), vec!["--method".into(), "magic".into()]].concat(), &["magic", "hessian"]);
+    fails(&[&quantize[..], &["--method", "hessian"]].concat(), &["--calibration"]);
+    let other = fixture("mistral-gqa");
+    fails(&["quantize", path(&other), "-t", "Q4_0", "-o", path(&out), "--calibration", path(&stats)], &["another model"]);
+    // A number that is none, in the first block's sums and in the first tensor's squares.
+    let bytes = std::fs::read(&stats).unwrap();
+    let file = gguf::ModelFile::open(&stats).unwrap();
+    for tensor in ["blk.0.attn_q.weight.in_blocks", "blk.0.attn_q.weight.in_sum2"] {
+        let at = file.place(tensor).unwrap().1.start;
+        let mut damaged = bytes.clone();
+        damaged[at + 40..at + 44].copy_from_slice(&f32::NAN.to_le_bytes());
+        let damaged_path = folder.file("damaged.gguf");
+        std::fs::write(&damaged_path, damaged).unwrap();
+        fails_with(with(&damaged_path), &["blk.0.attn_q.weight", "calibrate again"]);
+    }
+    std::fs::write(folder.file("cut.gguf"), &bytes[..bytes.len() / 2]).unwrap();
+    fails_with(with(&folder.file("cut.gguf")), &["cut.gguf"]);
+}

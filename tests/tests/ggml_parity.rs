@@ -183,7 +183,7 @@ fn mixes_choose_llama_quantizes_types() {
             let theirs = folder.file("theirs.gguf");
             ggml::quantize_file(source, &theirs, mix.file_type, 2);
             let theirs = gguf::ModelFile::open(&theirs).unwrap();
-            let plan = quant::plan(source, &quant::ConvertOptions::new(mix)).unwrap();
+            let plan = quant::plan(source, quant::ConvertOptions::new(mix)).unwrap();
             assert_eq!(plan.layout().tensors().len(), theirs.n_tensors());
             for t in plan.layout().tensors() {
                 let other = theirs.get(t.name()).unwrap_or_else(|| panic!("{}", t.name()));
@@ -191,4 +191,74 @@ fn mixes_choose_llama_quantizes_types() {
             }
         }
     }
+}
+
+/// Our statistics are an importance matrix that ggml reads, of the inputs that llama.cpp has.
+#[test]
+fn statistics_are_an_importance_matrix_of_llama_cpp() {
+    let folder = Folder::new("imatrix");
+    let file = convert(&demo(), "F16", &folder);
+    let tokens: Vec<u32> = (0..512u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
+    let stats_path = tests::calibrate(&file, &tokens, 256, &folder);
+    let stats = quant::statistics::Statistics::open(&stats_path).unwrap();
+    let theirs = ggml::input_squares(&file, &tokens, 256);
+    let mut checked = 0;
+    for t in gguf::ModelFile::open(&file).unwrap().tensors().filter(|t| t.info.name().starts_with("blk.") && t.info.dims().len() == 2) {
+        let (name, cols) = (t.info.name(), t.info.row_len() as usize);
+        let squares = ggml::read_floats(&stats_path, &format!("{name}.in_sum2")).unwrap();
+        let counts = ggml::read_floats(&stats_path, &format!("{name}.counts")).unwrap();
+        assert_eq!(counts, [tokens.len() as f32], "{name}");
+        // As llama-quantize divides them.
+        let read: Vec<f32> = squares.iter().map(|s| s / counts[0]).collect();
+        assert_eq!(stats.importance(name, cols, 1).unwrap().unwrap().0, read, "{name}");
+        let (sums, n) = &theirs[name];
+        assert_eq!(*n, tokens.len() as u64, "{name}");
+        let sums: Vec<f32> = sums.iter().map(|s| *s as f32).collect();
+        let e = relative_rms(&squares, &sums);
+        assert!(e < 5e-3, "{name}: {e}");
+        checked += 1;
+    }
+    assert_eq!(checked, 8 * 7);
+}
+
+/// An importance matrix as llama-imatrix writes it (no blocks): the same weights reach our encoders.
+#[test]
+fn an_importance_matrix_of_llama_cpp_is_read() {
+    let folder = Folder::new("imatrix-read");
+    let file = convert(&demo(), "F16", &folder);
+    let tokens: Vec<u32> = (0..512u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
+    let squares = ggml::input_squares(&file, &tokens, 256);
+    let path = folder.file("imatrix.gguf");
+    let mut metadata = gguf::Metadata::new();
+    metadata.set_str("general.type", "imatrix");
+    let mut names: Vec<&String> = squares.keys().filter(|n| n.starts_with("blk.")).collect();
+    names.sort();
+    let f32_type = gguf::blocks::by_name("F32").unwrap();
+    let tensors = names.iter().flat_map(|n| {
+        let cols = squares[*n].0.len() as u64;
+        [(format!("{n}.in_sum2"), vec![cols, 1], f32_type), (format!("{n}.counts"), vec![1, 1], f32_type)]
+    });
+    let mut writer = gguf::Writer::create(&path, gguf::Layout::new(metadata, tensors.collect()).unwrap()).unwrap();
+    for n in &names {
+        let (sums, count) = &squares[*n];
+        let bytes: Vec<u8> = sums.iter().flat_map(|s| (*s as f32).to_le_bytes()).collect();
+        writer.write(&bytes).unwrap();
+        writer.write(&(*count as f32).to_le_bytes()).unwrap();
+    }
+    writer.finish().unwrap();
+
+    let statistics = quant::statistics::Statistics::open(&path).unwrap();
+    assert!(!statistics.has_blocks());
+    for n in &names {
+        let (sums, count) = &squares[*n];
+        let (means, counts) = statistics.importance(n, sums.len(), 1).unwrap().unwrap();
+        assert_eq!(counts, [*count]);
+        assert!(means.iter().zip(sums).all(|(m, s)| (*m - *s as f32 / *count as f32).abs() <= 1e-6 * m.abs()), "{n}");
+    }
+    let mut options = quant::ConvertOptions::new(quant::mix::by_name("Q4_K_M").unwrap());
+    options.calibration = Some(quant::encode::Calibration { statistics, method: quant::encode::Method::Imatrix });
+    let plan = quant::plan(&file, options).unwrap();
+    quant::convert(&plan, &folder.file("q.gguf"), 2, &quant::convert::Silent).unwrap();
+    // The head has no statistics in such a file; that is said.
+    assert!(plan.notes.iter().any(|n| n.contains("output.weight")), "{:?}", plan.notes);
 }

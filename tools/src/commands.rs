@@ -1,6 +1,7 @@
 //! One file a subcommand.
 
 pub mod bench;
+pub mod calibrate;
 pub mod chat;
 pub mod detokenize;
 pub mod inspect;

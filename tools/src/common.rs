@@ -138,24 +138,38 @@ pub fn cache_folder() -> Result<PathBuf> {
     }
 }
 
+/// A bar of `n` steps on standard error, drawn only on a terminal.
+pub fn step_bar(n: u64, unit: &str) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(n), target);
+    let template = format!("{{bar:32}} {{percent:>3}}% {{pos}}/{{len}} {unit}s · {{eta}} left");
+    bar.set_style(ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}
+
 /// The file to run for MODEL: itself if a GGUF, else the folder quantized into the cache.
 pub fn model_path(model: &Path) -> Result<PathBuf> {
+    model_path_as(model, DEFAULT_TYPE)
+}
+
+/// As [`model_path`], a folder becoming `kind`.
+pub fn model_path_as(model: &Path, kind: &str) -> Result<PathBuf> {
     if model.extension().is_some_and(|e| e == "gguf") || (model.is_file() && starts_with_magic(model)) {
         return Ok(model.to_owned());
     }
     if !model.exists() {
         bail!("{}: it does not exist; give a GGUF file or a checkpoint folder", model.display());
     }
-    let options = quant::ConvertOptions::new(quant::mix::by_name(DEFAULT_TYPE)?);
-    let plan = quant::plan(model, &options)?;
+    let options = quant::ConvertOptions::new(quant::mix::by_name(kind)?);
+    let plan = quant::plan(model, options)?;
     let folder = cache_folder()?;
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot create the cache folder {}; set GRIST_CACHE to another", folder.display()))?;
-    let target = folder.join(cache_name(model)?);
+    let target = folder.join(cache_name(model, kind)?);
     if target.is_file() && gguf::ModelFile::open(&target).is_ok_and(|f| f.file_bytes() == plan.layout().file_bytes()) {
         return Ok(target);
     }
-    eprintln!("grist: quantizing {} to {DEFAULT_TYPE} in {}", model.display(), target.display());
+    eprintln!("grist: quantizing {} to {kind} in {}", model.display(), target.display());
     let seconds = quantize_to(&plan, &target, 0)?;
     eprintln!("grist: {} in {seconds:.1} s", show_bytes(plan.layout().file_bytes()));
     Ok(target)
@@ -168,11 +182,11 @@ fn starts_with_magic(path: &Path) -> bool {
 }
 
 /// A name that changes when the folder's files, or this program's version, do.
-fn cache_name(model: &Path) -> Result<String> {
+fn cache_name(model: &Path, kind: &str) -> Result<String> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let full = model.canonicalize().with_context(|| format!("cannot resolve {}", model.display()))?;
     let mut h = DefaultHasher::new();
-    (full.to_string_lossy(), DEFAULT_TYPE, env!("CARGO_PKG_VERSION")).hash(&mut h);
+    (full.to_string_lossy(), kind, env!("CARGO_PKG_VERSION")).hash(&mut h);
     let folder = if full.is_dir() { full.clone() } else { full.parent().map(Path::to_owned).unwrap_or_default() };
     let mut files: Vec<_> =
         std::fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?.filter_map(|e| e.ok()).collect();
@@ -184,7 +198,7 @@ fn cache_name(model: &Path) -> Result<String> {
         }
     }
     let stem = full.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
-    Ok(format!("{stem}-{DEFAULT_TYPE}-{:016x}.gguf", h.finish()))
+    Ok(format!("{stem}-{kind}-{:016x}.gguf", h.finish()))
 }
 
 pub fn open_model(model: &Path) -> Result<Model> {

@@ -45,6 +45,8 @@ macro_rules! subcommands {
 subcommands! {
     /// Convert a checkpoint (or requantize a GGUF) to a GGUF of the type asked for
     Quantize => quantize,
+    /// Gather input statistics for the quantizer from a text
+    Calibrate => calibrate,
     /// Complete a prompt, streaming the text
     Run => run,
     /// Chat in the terminal with the model's own template

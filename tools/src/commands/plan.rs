@@ -55,7 +55,7 @@ fn describe(model: &str, kind: Option<&str>) -> Result<(Hparams, Vec<TensorInfo>
         None => quant::mix::by_name(common::DEFAULT_TYPE),
     };
     let layout = if path.exists() {
-        quant::plan(Path::new(model), &quant::ConvertOptions::new(mix()?))?.layout().clone()
+        quant::plan(Path::new(model), quant::ConvertOptions::new(mix()?))?.layout().clone()
     } else {
         if kind.is_none() && quant::synth::by_name(model).is_ok() {
             bail!("'{model}' is a shape; name its type with -t, such as -t Q4_K_M");

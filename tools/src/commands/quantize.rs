@@ -1,14 +1,16 @@
 //! grist quantize
 
 use crate::common;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use quant::ConvertOptions;
+use quant::encode::{Calibration, Method};
 use quant::mix::Override;
-use std::path::PathBuf;
+use quant::statistics::Statistics;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  grist quantize mistral-7b/ -t Q4_K_M\n  grist quantize model.gguf -t Q5_K_M -o smaller.gguf\n  grist quantize mistral-7b/ -t Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run"
+    after_help = "Examples:\n  grist quantize mistral-7b/ -t Q4_K_M\n  grist quantize model.gguf -t Q5_K_M -o smaller.gguf\n  grist quantize mistral-7b/ -t Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run\n  grist quantize mistral-7b/ -t Q4_K_M --calibration mistral-7b.stats.gguf"
 )]
 pub struct Args {
     /// Checkpoint folder, a .safetensors file beside its config, or a GGUF to requantize
@@ -19,6 +21,12 @@ pub struct Args {
     /// F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K
     #[arg(short = 't', long = "type", value_name = "TYPE")]
     kind: String,
+    /// Statistics of `grist calibrate`, or a GGUF imatrix of llama.cpp
+    #[arg(long, value_name = "STATS")]
+    calibration: Option<PathBuf>,
+    /// search (no statistics), imatrix or hessian [default: the best that STATS allows]
+    #[arg(long, value_name = "METHOD")]
+    method: Option<String>,
     /// Worker threads [default: all]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -48,8 +56,12 @@ pub fn run(a: Args) -> Result<()> {
     }
     let mix = quant::mix::by_name(&a.kind)?;
     let overrides = a.tensor_type.iter().map(|s| Override::parse(s)).collect::<quant::Result<Vec<_>>>()?;
-    let options = ConvertOptions { mix, overrides, pre: a.pre, threads: a.threads };
-    let plan = quant::plan(&a.src, &options)?;
+    let calibration = a.calibration.as_deref().map(|path| calibration(path, a.method.as_deref())).transpose()?;
+    if calibration.is_none() && a.method.as_deref().is_some_and(|m| m != Method::Search.name()) {
+        bail!("--method {} wants statistics; give --calibration STATS (see grist calibrate --help)", a.method.unwrap_or_default());
+    }
+    let options = ConvertOptions { mix, overrides, pre: a.pre, threads: a.threads, calibration };
+    let plan = quant::plan(&a.src, options)?;
     let layout = plan.layout();
     if a.dry_run {
         return if a.json { common::print_json(&describe(layout)) } else { print_table(layout) };
@@ -77,7 +89,21 @@ pub fn run(a: Args) -> Result<()> {
     Ok(())
 }
 
-fn stem(src: &std::path::Path) -> String {
+/// The statistics, and the method asked for or else the best they allow.
+fn calibration(path: &Path, method: Option<&str>) -> Result<Calibration> {
+    let statistics = Statistics::open(path)?;
+    let method = match method {
+        None if statistics.has_blocks() => Method::Hessian,
+        None => Method::Imatrix,
+        Some(name) => Method::by_name(name).with_context(|| format!("--method {name} is unknown; use search, imatrix or hessian"))?,
+    };
+    if method == Method::Hessian && !statistics.has_blocks() {
+        bail!("{} holds an importance matrix only; use --method imatrix, or make it with `grist calibrate`", path.display());
+    }
+    Ok(Calibration { statistics, method })
+}
+
+fn stem(src: &Path) -> String {
     let full = src.canonicalize().unwrap_or_else(|_| src.to_owned());
     let name = if full.is_dir() { full.file_name() } else { full.file_stem() };
     name.map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into())

@@ -1,0 +1,135 @@
+//! grist calibrate
+
+use crate::common;
+use anyhow::{Result, bail};
+use kernels::Pool;
+use quant::statistics::{Collector, MIN_TOKENS, Statistics};
+use runtime::Model;
+use runtime::layerwise::Layerwise;
+use runtime::tokenizer::{EncodeOptions, Tokenizer};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+/// The type a checkpoint is converted to for calibration: what publishers ship, bit for bit.
+const SOURCE_TYPE: &str = "BF16";
+/// Fewer tokens than this say more about the text than about the model.
+const FEWEST_TOKENS: usize = 4096;
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  grist calibrate mistral-7b/ -f calibration.txt -o mistral-7b.stats.gguf\n  grist quantize mistral-7b/ -t Q4_K_M --calibration mistral-7b.stats.gguf"
+)]
+pub struct Args {
+    /// Checkpoint folder (converted to BF16 in the cache first), or a GGUF: F16, BF16 or Q8_0 serve best
+    model: PathBuf,
+    /// Text that the model reads; some tens of thousands of tokens like those it will meet
+    #[arg(short, long)]
+    file: PathBuf,
+    /// Statistics, a GGUF that llama-quantize takes as its imatrix too
+    #[arg(short, long)]
+    output: PathBuf,
+    /// Window in tokens
+    #[arg(long, default_value_t = 512)]
+    ctx: usize,
+    /// Read only the first N tokens [default: all]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    tokens: usize,
+    #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Bound on working memory; the mapped model and the temporary file do not count
+    #[arg(long, value_parser = common::parse_size, value_name = "SIZE", default_value = "4GiB")]
+    max_memory: u64,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(a: Args) -> Result<()> {
+    let text = common::read_text(&a.file)?;
+    let path = common::model_path_as(&a.model, SOURCE_TYPE)?;
+    let model = Model::open(&path)?;
+    let tokens = windows(&model, &text, &a)?;
+    let h = model.hparams();
+    let needed = Layerwise::memory_bytes(h, a.ctx) + Collector::bytes(h);
+    if needed > a.max_memory {
+        bail!(
+            "calibration needs {} of memory, --max-memory allows {}; allow more, or a smaller --ctx",
+            common::show_bytes(needed),
+            common::show_bytes(a.max_memory)
+        );
+    }
+    let folder = match a.output.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        bail!("the folder {} does not exist; create it first", folder.display());
+    }
+
+    let pool = Pool::new(a.threads);
+    let mut layers = Layerwise::new(&model, &tokens, a.ctx, folder)?;
+    let name = a.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let tied = model.file().get("output.weight").is_none();
+    let collector = Collector::create(&a.output, h, tied, &name, layers.n_windows(), a.ctx)?;
+    let observer = Mutex::new(collector);
+    let steps = (h.n_layers + 1) * layers.n_windows() as u64;
+    let bar = common::step_bar(steps, "window");
+    let begun = std::time::Instant::now();
+    layers.run(&pool, &observer, || bar.inc(1), |c: &mut Collector| c.write().map_err(anyhow::Error::from))?;
+    observer.into_inner().unwrap_or_else(|e| e.into_inner()).finish()?;
+    bar.finish_and_clear();
+
+    let seconds = begun.elapsed().as_secs_f64();
+    let rare = rare_experts(&a.output, &model)?;
+    for line in &rare {
+        eprintln!("grist: note: {line}");
+    }
+    let n = layers.n_windows() * a.ctx;
+    eprintln!("grist: {} written: {n} tokens in {seconds:.1} s ({:.1} tok/s)", a.output.display(), n as f64 / seconds);
+    if a.json {
+        common::print_json(&serde_json::json!({
+            "output": a.output.to_string_lossy(), "tokens": n, "windows": layers.n_windows(), "seconds": seconds,
+            "memory_bytes": needed, "temporary_bytes": Layerwise::file_bytes(h, n), "rare_experts": rare,
+        }))?;
+    }
+    Ok(())
+}
+
+/// Whole windows of the text's tokens, each begun with BOS where the model has one.
+fn windows(model: &Model, text: &str, a: &Args) -> Result<Vec<u32>> {
+    if a.ctx < 2 || a.ctx as u64 > model.hparams().context_length {
+        bail!("--ctx {} is out of range; choose 2 to {}, what the model was trained for", a.ctx, model.hparams().context_length);
+    }
+    let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
+    let mut tokens = tokenizer.encode(text, EncodeOptions { add_special: true, parse_special: false })?;
+    let wanted = FEWEST_TOKENS.max(a.ctx);
+    if a.tokens > 0 && a.tokens < wanted {
+        bail!("--tokens {} is too few; calibration wants at least {wanted}", a.tokens);
+    }
+    if tokens.len() < wanted {
+        bail!("{} has {} tokens, calibration wants at least {wanted}; give a longer text", a.file.display(), tokens.len());
+    }
+    if a.tokens > 0 {
+        tokens.truncate(a.tokens);
+    }
+    tokens.truncate(tokens.len() / a.ctx * a.ctx);
+    if let (true, Some(bos)) = (tokenizer.add_bos, tokenizer.bos) {
+        tokens.chunks_mut(a.ctx).for_each(|window| window[0] = bos);
+    }
+    Ok(tokens)
+}
+
+/// A line for each tensor some of whose experts saw too little.
+fn rare_experts(stats: &Path, model: &Model) -> Result<Vec<String>> {
+    let stats = Statistics::open(stats)?;
+    let mut lines = Vec::new();
+    for t in model.file().tensors().filter(|t| t.info.dims().len() == 3) {
+        let Some((_, counts)) = stats.importance(t.info.name(), t.info.row_len() as usize, t.info.dims()[2] as usize)? else { continue };
+        let rare: Vec<String> = counts.iter().enumerate().filter(|(_, n)| **n < MIN_TOKENS).map(|(e, n)| format!("{e} ({n})")).collect();
+        if !rare.is_empty() {
+            let name = t.info.name();
+            lines.push(format!("{name}: experts seen by under {MIN_TOKENS} tokens: {}; they get the plain search", rare.join(", ")));
+        }
+    }
+    Ok(lines)
+}
