@@ -10,7 +10,7 @@
 
 use crate::checkpoint::{Checkpoint, Rows, Style};
 use crate::config;
-use crate::encode::{Calibration, Method, TensorEncoder};
+use crate::encode::{self, Calibration, MatrixEncoder, Method};
 use crate::error::{Error, Result};
 use crate::mix::{self, Mix, Override};
 use crate::tokenizer_meta;
@@ -361,27 +361,32 @@ fn convert_tensor(
         Values::Gguf { bytes, block, .. } if *block == info.block() => Some(*bytes),
         _ => None,
     };
-    let encoder = pool.install(|| TensorEncoder::new(info, plan.calibration.as_ref().filter(|_| copy.is_none())))?;
+    let calibration = plan.calibration.as_ref().filter(|_| copy.is_none());
     let bad = (AtomicU64::new(0), AtomicU64::new(0));
-    let chunk_rows = encoder.rows_at_once(CHUNK);
-    let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
-    for first in (0..rows).step_by(batch_rows) {
-        if progress.cancelled() {
-            return Err(Error::Cancelled);
+    let n_parts = encode::n_parts(info);
+    for part in 0..n_parts {
+        let encoder = pool.install(|| MatrixEncoder::new(info, part, calibration))?;
+        let chunk_rows = encoder.rows_at_once(CHUNK);
+        let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
+        let end = (part + 1) * (rows / n_parts);
+        for first in (part * (rows / n_parts)..end).step_by(batch_rows) {
+            if progress.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let n = batch_rows.min(end - first);
+            let mut out = vec![0u8; n * row_bytes];
+            match copy {
+                Some(bytes) => out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]),
+                None => pool.install(|| {
+                    out.par_chunks_mut(chunk_rows * row_bytes).enumerate().for_each(|(k, out)| {
+                        encode_rows(&values, first + k * chunk_rows, cols, row_bytes, &encoder, out, &bad);
+                    });
+                }),
+            }
+            values.release_before(first + n);
+            progress.advanced(info.name(), (n * cols) as u64);
+            emit(out)?;
         }
-        let n = batch_rows.min(rows - first);
-        let mut out = vec![0u8; n * row_bytes];
-        match copy {
-            Some(bytes) => out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]),
-            None => pool.install(|| {
-                out.par_chunks_mut(chunk_rows * row_bytes).enumerate().for_each(|(k, out)| {
-                    encode_rows(&values, first + k * chunk_rows, cols, row_bytes, &encoder, out, &bad);
-                });
-            }),
-        }
-        values.release_before(first + n);
-        progress.advanced(info.name(), (n * cols) as u64);
-        emit(out)?;
     }
     let (nan, inf) = (bad.0.into_inner(), bad.1.into_inner());
     if nan + inf > 0 {
@@ -395,7 +400,7 @@ fn encode_rows(
     first: usize,
     cols: usize,
     row_bytes: usize,
-    encoder: &TensorEncoder,
+    encoder: &MatrixEncoder,
     out: &mut [u8],
     bad: &(AtomicU64, AtomicU64),
 ) {
@@ -412,7 +417,7 @@ fn encode_rows(
         bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
         return; // The file will not be finished; do not feed the search what it cannot rank.
     }
-    encoder.encode(first, &x, out);
+    encoder.encode(&x, out);
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ fn no_blocks(tensor: &str) -> Error {
 }
 
 /// Matrices of a tensor: experts of a stack, or 1.
-fn n_parts(info: &TensorInfo) -> usize {
+pub fn n_parts(info: &TensorInfo) -> usize {
     info.dims().get(2).map_or(1, |&n| n as usize)
 }
 
@@ -103,60 +103,53 @@ fn grid_of(block: &BlockType) -> Option<EncodeRows> {
     GRIDS.iter().find(|(b, _)| *b == block).map(|g| g.1)
 }
 
-/// The encoder of one tensor.
-pub struct TensorEncoder {
+/// The encoder of one matrix: a tensor, or one expert of a stack, so that memory holds one expert's factors.
+pub struct MatrixEncoder {
     plain: EncodeFn,
     cols: usize,
     row_bytes: usize,
     block: &'static BlockType,
-    /// Of the parts (experts) that were seen enough; the others get the plain search.
-    parts: Vec<Option<Part>>,
-    rows_per_part: usize,
+    rounding: Rounding,
 }
 
-enum Part {
+enum Rounding {
+    /// No statistics, or too few tokens seen.
+    Plain,
     Importance(Vec<f32>),
     Hessian(EncodeRows, Vec<Factors>),
 }
 
-impl TensorEncoder {
+impl MatrixEncoder {
     /// Factors are computed in parallel on the current rayon pool.
-    pub fn new(info: &TensorInfo, calibration: Option<&Calibration>) -> Result<TensorEncoder> {
+    pub fn new(info: &TensorInfo, part: usize, calibration: Option<&Calibration>) -> Result<MatrixEncoder> {
         let block = info.block();
         let plain = kernels::encode::encoder(block).ok_or(gguf::Error::CannotEncode { type_name: block.name })?;
-        let (cols, rows) = (info.row_len() as usize, info.n_rows() as usize);
-        let n_parts = n_parts(info);
-        let mut parts = Vec::new();
-        if let Some(c) = calibration.filter(|c| c.method != Method::Search && !block.is_plain()) {
-            parts = parts_of(info, c, cols, n_parts)?;
-        }
-        parts.resize_with(n_parts, || None);
-        Ok(TensorEncoder { plain, cols, row_bytes: info.row_bytes() as usize, block, parts, rows_per_part: rows / n_parts })
+        let rounding = match calibration.filter(|c| c.method != Method::Search && !block.is_plain()) {
+            Some(c) => rounding(info, part, c)?,
+            None => Rounding::Plain,
+        };
+        Ok(MatrixEncoder { plain, cols: info.row_len() as usize, row_bytes: info.row_bytes() as usize, block, rounding })
+    }
+
+    /// Bytes of the factors of one matrix of rows of `cols`.
+    pub fn factor_bytes(cols: u64) -> u64 {
+        cols.div_ceil(BLOCK as u64) * (2 * BLOCK * BLOCK * size_of::<f32>()) as u64
     }
 
     /// Rows that `encode` is best given at a time.
     pub fn rows_at_once(&self, chunk: usize) -> usize {
-        match self.parts.iter().any(|p| matches!(p, Some(Part::Hessian(..)))) {
-            true => 4 * ROWS,
-            false => (chunk / self.cols).max(1),
+        match self.rounding {
+            Rounding::Hessian(..) => 4 * ROWS,
+            _ => (chunk / self.cols).max(1),
         }
     }
 
-    /// Encodes whole rows, `first` being the number of the first.
-    pub fn encode(&self, first: usize, x: &[f32], out: &mut [u8]) {
-        let rows = x.len() / self.cols;
-        let mut done = 0;
-        while done < rows {
-            let part = (first + done) / self.rows_per_part;
-            let n = ((part + 1) * self.rows_per_part - (first + done)).min(rows - done);
-            let x = &x[done * self.cols..(done + n) * self.cols];
-            let out = &mut out[done * self.row_bytes..(done + n) * self.row_bytes];
-            match &self.parts[part] {
-                None => (self.plain)(x, None, out),
-                Some(Part::Importance(importance)) => (self.plain)(x, Some(&importance.repeat(n)), out),
-                Some(Part::Hessian(encode, factors)) => self.round(*encode, factors, x, out),
-            }
-            done += n;
+    /// Encodes whole rows.
+    pub fn encode(&self, x: &[f32], out: &mut [u8]) {
+        match &self.rounding {
+            Rounding::Plain => (self.plain)(x, None, out),
+            Rounding::Importance(importance) => (self.plain)(x, Some(&importance.repeat(x.len() / self.cols)), out),
+            Rounding::Hessian(encode, factors) => self.round(*encode, factors, x, out),
         }
     }
 
@@ -181,25 +174,21 @@ impl TensorEncoder {
     }
 }
 
-fn parts_of(info: &TensorInfo, c: &Calibration, cols: usize, n_parts: usize) -> Result<Vec<Option<Part>>> {
-    let name = info.name();
-    let Some((means, tokens)) = c.statistics.importance(name, cols, n_parts)? else { return Ok(vec![]) };
-    let rounds = grid_of(info.block());
-    let part = |p: usize| -> Result<Option<Part>> {
-        if tokens[p] < MIN_TOKENS && n_parts > 1 {
-            return Ok(None);
-        }
-        if let (Method::Hessian, Some(encode)) = (c.method, rounds) {
-            let factors = (0..cols.div_ceil(BLOCK))
-                .into_par_iter()
-                .map(|b| {
-                    let moment = c.statistics.block(name, cols, p, b)?.ok_or_else(|| no_blocks(name))?;
-                    Ok(Factors::new(&moment, BLOCK.min(cols - b * BLOCK)))
-                })
-                .collect::<Result<Vec<_>>>()?;
-            return Ok(Some(Part::Hessian(encode, factors)));
-        }
-        Ok(Some(Part::Importance(means[p * cols..(p + 1) * cols].to_vec())))
-    };
-    (0..n_parts).map(part).collect()
+fn rounding(info: &TensorInfo, part: usize, c: &Calibration) -> Result<Rounding> {
+    let (name, cols, n_parts) = (info.name(), info.row_len() as usize, n_parts(info));
+    let Some((means, tokens)) = c.statistics.importance(name, cols, n_parts)? else { return Ok(Rounding::Plain) };
+    if n_parts > 1 && tokens[part] < MIN_TOKENS {
+        return Ok(Rounding::Plain);
+    }
+    if let (Method::Hessian, Some(encode)) = (c.method, grid_of(info.block())) {
+        let factors = (0..cols.div_ceil(BLOCK))
+            .into_par_iter()
+            .map(|b| {
+                let moment = c.statistics.block(name, cols, part, b)?.ok_or_else(|| no_blocks(name))?;
+                Ok(Factors::new(&moment, BLOCK.min(cols - b * BLOCK)))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        return Ok(Rounding::Hessian(encode, factors));
+    }
+    Ok(Rounding::Importance(means[part * cols..(part + 1) * cols].to_vec()))
 }

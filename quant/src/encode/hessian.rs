@@ -88,7 +88,7 @@ impl Factors {
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|&a, &b| h[b * n + b].total_cmp(&h[a * n + a]).then(a.cmp(&b)));
         let mut m: Vec<f64> = order.iter().flat_map(|&i| order.iter().map(move |&j| (i, j))).map(|(i, j)| h[i * n + j]).collect();
-        kernels::isa::run(Decompose { a: &mut m, n });
+        kernels::isa::run(Decompose { a: &mut m, n, least: ridge });
         let ones = h.chunks_exact(MIN_SUB).map(|part| part.iter().sum::<f64>() as f32).collect();
         Factors { n, h: Panels::new(&h, n), m: Panels::new(&m, n), order, ones }
     }
@@ -104,10 +104,12 @@ impl Factors {
     }
 }
 
-/// A = M D Mᵀ in place, from the last column on: M above the diagonal (ones on it are not stored), D on it.
+/// A = M D Mᵀ in place, from the last column on: M above the diagonal (ones on it are not stored),
+/// D on it. No pivot of a damped second moment is below the ridge but by rounding, or in a damaged file.
 struct Decompose<'a> {
     a: &'a mut [f64],
     n: usize,
+    least: f64,
 }
 
 impl Op for Decompose<'_> {
@@ -115,9 +117,9 @@ impl Op for Decompose<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
-        let Decompose { a, n } = self;
+        let Decompose { a, n, least } = self;
         for j in (0..n).rev() {
-            let d = a[j * n + j];
+            let d = a[j * n + j].max(least);
             let column: Vec<f64> = (0..j).map(|i| a[i * n + j] / d).collect();
             for i in 0..j {
                 // What column j explains of the columns before it.

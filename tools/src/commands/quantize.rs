@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Context, Result, bail};
 use quant::ConvertOptions;
-use quant::encode::{Calibration, Method};
+use quant::encode::{Calibration, MatrixEncoder, Method};
 use quant::mix::Override;
 use quant::statistics::Statistics;
 use std::path::{Path, PathBuf};
@@ -51,9 +51,6 @@ pub struct Args {
 const FLOOR: u64 = 160 << 20;
 
 pub fn run(a: Args) -> Result<()> {
-    if a.max_memory < FLOOR {
-        bail!("--max-memory {} is too small; a conversion works in {}", common::show_bytes(a.max_memory), common::show_bytes(FLOOR));
-    }
     let mix = quant::mix::by_name(&a.kind)?;
     let overrides = a.tensor_type.iter().map(|s| Override::parse(s)).collect::<quant::Result<Vec<_>>>()?;
     let calibration = a.calibration.as_deref().map(|path| calibration(path, a.method.as_deref())).transpose()?;
@@ -63,6 +60,12 @@ pub fn run(a: Args) -> Result<()> {
     let options = ConvertOptions { mix, overrides, pre: a.pre, threads: a.threads, calibration };
     let plan = quant::plan(&a.src, options)?;
     let layout = plan.layout();
+    let factors = |t: &gguf::TensorInfo| MatrixEncoder::factor_bytes(t.row_len());
+    let most_factors = if a.calibration.is_some() { layout.tensors().iter().map(factors).max().unwrap_or(0) } else { 0 };
+    let needed = FLOOR + most_factors;
+    if a.max_memory < needed {
+        bail!("--max-memory {} is too small; this conversion works in {}", common::show_bytes(a.max_memory), common::show_bytes(needed));
+    }
     if a.dry_run {
         return if a.json { common::print_json(&describe(layout)) } else { print_table(layout) };
     }
