@@ -23,6 +23,8 @@ pub mod q8_0;
 pub mod rounding;
 mod searched;
 
+use legacy::{f16_at, put_f16};
+
 /// Decodes whole blocks: `bytes` holds n blocks, `out` their n × block_len values.
 pub type DecodeFn = fn(bytes: &[u8], out: &mut [f32]);
 
@@ -112,22 +114,40 @@ pub enum Scales {
 
 /// A codec whose values lie on evenly spaced grids, so that its scales and its
 /// quants can be chosen apart: what calibrated rounding works through.
+///
+/// The provided methods are those of the 32-value types: an f16 step, then an
+/// f16 min where there is one.
 pub trait Grid: Encode {
     /// Values that share a step; divides `LEN`.
-    const SUB: usize;
+    const SUB: usize = 32;
     /// Quants are 0..=TOP.
     const TOP: u8;
     const OFFSET: i32;
     /// Whether mins are stored; else they are 0.
     const HAS_MIN: bool;
-    const SCALES: Scales;
+    const SCALES: Scales = Scales::Floats;
 
     /// What the integers of steps and of mins count (d and −dmin); ones for floats.
-    fn units(b: &[u8]) -> (f32, f32);
+    #[inline(always)]
+    fn units(_b: &[u8]) -> (f32, f32) {
+        (1.0, 1.0)
+    }
+
     /// The grid of sub-block `sub` of a block, exactly as `decode_block` has it.
-    fn step(b: &[u8], sub: usize) -> Step;
+    #[inline(always)]
+    fn step(b: &[u8], _sub: usize) -> Step {
+        Step { step: f16_at(b, 0), min: if Self::HAS_MIN { f16_at(b, 2) } else { 0.0 } }
+    }
+
     /// Stores one; representable values only, which `step` then gives back.
-    fn set_step(b: &mut [u8], sub: usize, step: Step);
+    #[inline(always)]
+    fn set_step(b: &mut [u8], _sub: usize, s: Step) {
+        put_f16(b, 0, s.step);
+        if Self::HAS_MIN {
+            put_f16(b, 2, s.min);
+        }
+    }
+
     /// Stores a block's `LEN` quants and leaves its scales.
     fn pack(q: &[u8], b: &mut [u8]);
 }

@@ -23,7 +23,7 @@
 //! order the compiler would vectorise over the values, and gather and scatter.
 
 use super::legacy::{f16_at, put_f16};
-use super::rounding::{inverse, nearest, round_to_f16, to_byte};
+use super::rounding::{clamp, inverse, nearest, round_to_f16, to_byte};
 use super::{Step, k_scales};
 
 const LANES: usize = 16;
@@ -123,12 +123,6 @@ fn weigh(x: &[Lane; SUB], important: bool, w: &mut [Lane; SUB]) -> Lane {
     total
 }
 
-#[inline(always)]
-fn clamp(x: f32, top: f32) -> f32 {
-    let x = if x > 0.0 { x } else { 0.0 };
-    if x < top { x } else { top }
-}
-
 /// Step 1: float (scale, min) a lane, min given as the positive amount subtracted.
 #[inline(always)]
 pub fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
@@ -203,7 +197,7 @@ fn rounding_error<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m:
     let mut err = [0.0f32; LANES];
     for j in 0..SUB {
         for l in 0..LANES {
-            let q = clamp(nearest((x[j][l] + m[l]) * inv[l]), TOP as f32);
+            let q = clamp(nearest((x[j][l] + m[l]) * inv[l]), 0.0, TOP as f32);
             let e = x[j][l] + m[l] - s[l] * q;
             err[l] += w[j][l] * e * e;
         }
@@ -268,15 +262,15 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
 fn search_integers<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane, d: [f32; 2], dmin: [f32; 2]) -> Rounded {
     let (mut centre_s, mut centre_m) = ([0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
-        centre_s[l] = clamp(nearest(s[l] * inverse(d[l / 8])), 63.0);
-        centre_m[l] = clamp(nearest(m[l] * inverse(dmin[l / 8])), 63.0);
+        centre_s[l] = clamp(nearest(s[l] * inverse(d[l / 8])), 0.0, 63.0);
+        centre_m[l] = clamp(nearest(m[l] * inverse(dmin[l / 8])), 0.0, 63.0);
     }
     let mut best = Rounded { d, dmin, scale: centre_s, min: centre_m, err: [f32::INFINITY; LANES] };
     for (ds, dm) in [(0.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (1.0, 1.0), (-1.0, -1.0)] {
         let (mut si, mut mi, mut sf, mut mf) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
         for l in 0..LANES {
-            si[l] = clamp(centre_s[l] + ds, 63.0);
-            mi[l] = clamp(centre_m[l] + dm, 63.0);
+            si[l] = clamp(centre_s[l] + ds, 0.0, 63.0);
+            mi[l] = clamp(centre_m[l] + dm, 0.0, 63.0);
             sf[l] = d[l / 8] * si[l];
             mf[l] = dmin[l / 8] * mi[l];
         }
@@ -298,7 +292,7 @@ fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32
     for j in 0..SUB {
         for l in 0..LANES {
             let s = r.d[l / 8] * r.scale[l];
-            let q = clamp(nearest((x[j][l] + r.dmin[l / 8] * r.min[l]) * inverse(s)), TOP as f32);
+            let q = clamp(nearest((x[j][l] + r.dmin[l / 8] * r.min[l]) * inverse(s)), 0.0, TOP as f32);
             let (a, b, wt) = (r.scale[l] * q, r.min[l], w[j][l]);
             aa[l] += wt * a * a;
             ab[l] += wt * a * b;
@@ -337,7 +331,7 @@ fn finish<const TOP: i32>(values: &[f32], r: &Rounded, half: usize) -> SuperBloc
         (out.scales[sub], out.mins[sub]) = (to_byte(r.scale[l]), to_byte(r.min[l]));
         let (m, inv) = (out.dmin * r.min[l], inverse(out.d * r.scale[l]));
         for (q, v) in out.q[sub].iter_mut().zip(&values[SUB * sub..SUB * (sub + 1)]) {
-            *q = to_byte(clamp(nearest((v + m) * inv), TOP as f32));
+            *q = to_byte(clamp(nearest((v + m) * inv), 0.0, TOP as f32));
         }
     }
     out

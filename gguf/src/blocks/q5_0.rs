@@ -3,7 +3,7 @@
 
 use super::legacy::*;
 use super::rounding::inverse;
-use super::{Codec, Encode, Grid, Scales, Step, searched};
+use super::{Codec, Encode, Grid, searched};
 
 pub struct Q5_0;
 
@@ -29,47 +29,25 @@ impl Encode for Q5_0 {
             return searched::symmetric::<16>(values, importance, |i, d, q| {
                 let b = &mut out[22 * i..22 * (i + 1)];
                 put_f16(b, 0, d);
-                pack(q, b);
+                Self::pack(q, b);
             });
         }
         for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(22)) {
             let d = signed_peak(x) / -16.0;
             put_f16(b, 0, d);
-            pack(&quants(x, inverse(d), 0.0, 16.5, 31), b);
+            Self::pack(&quants(x, inverse(d), 0.0, 16.5, 31), b);
         }
     }
 }
 
-#[inline(always)]
-fn pack(q: &[u8], b: &mut [u8]) {
-    b[2..6].copy_from_slice(&fifth_bits(as_block(q)).to_le_bytes());
-    pack_nibbles(as_block(q), &mut b[6..]);
-}
-
 impl Grid for Q5_0 {
-    const SUB: usize = 32;
     const TOP: u8 = 31;
     const OFFSET: i32 = -16;
     const HAS_MIN: bool = false;
-    const SCALES: Scales = Scales::Floats;
-
-    #[inline(always)]
-    fn units(_b: &[u8]) -> (f32, f32) {
-        (1.0, 1.0)
-    }
-
-    #[inline(always)]
-    fn step(b: &[u8], _sub: usize) -> Step {
-        Step { step: f16_at(b, 0), min: 0.0 }
-    }
-
-    #[inline(always)]
-    fn set_step(b: &mut [u8], _sub: usize, s: Step) {
-        put_f16(b, 0, s.step);
-    }
 
     #[inline(always)]
     fn pack(q: &[u8], b: &mut [u8]) {
-        pack(q, b);
+        b[2..6].copy_from_slice(&fifth_bits(as_block(q)).to_le_bytes());
+        pack_nibbles(as_block(q), &mut b[6..]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::legacy::*;
 use super::rounding::inverse;
-use super::{Codec, Encode, Grid, Scales, Step, searched};
+use super::{Codec, Encode, Grid, searched};
 
 pub struct Q5_1;
 
@@ -29,7 +29,7 @@ impl Encode for Q5_1 {
                 let b = &mut out[24 * i..24 * (i + 1)];
                 put_f16(b, 0, d);
                 put_f16(b, 2, m);
-                pack(q, b);
+                Self::pack(q, b);
             });
         }
         for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(24)) {
@@ -37,42 +37,19 @@ impl Encode for Q5_1 {
             let d = (hi - lo) / 31.0;
             put_f16(b, 0, d);
             put_f16(b, 2, lo);
-            pack(&quants(x, inverse(d), lo, 0.5, 31), b);
+            Self::pack(&quants(x, inverse(d), lo, 0.5, 31), b);
         }
     }
 }
 
-#[inline(always)]
-fn pack(q: &[u8], b: &mut [u8]) {
-    b[4..8].copy_from_slice(&fifth_bits(as_block(q)).to_le_bytes());
-    pack_nibbles(as_block(q), &mut b[8..]);
-}
-
 impl Grid for Q5_1 {
-    const SUB: usize = 32;
     const TOP: u8 = 31;
     const OFFSET: i32 = 0;
     const HAS_MIN: bool = true;
-    const SCALES: Scales = Scales::Floats;
-
-    #[inline(always)]
-    fn units(_b: &[u8]) -> (f32, f32) {
-        (1.0, 1.0)
-    }
-
-    #[inline(always)]
-    fn step(b: &[u8], _sub: usize) -> Step {
-        Step { step: f16_at(b, 0), min: f16_at(b, 2) }
-    }
-
-    #[inline(always)]
-    fn set_step(b: &mut [u8], _sub: usize, s: Step) {
-        put_f16(b, 0, s.step);
-        put_f16(b, 2, s.min);
-    }
 
     #[inline(always)]
     fn pack(q: &[u8], b: &mut [u8]) {
-        pack(q, b);
+        b[4..8].copy_from_slice(&fifth_bits(as_block(q)).to_le_bytes());
+        pack_nibbles(as_block(q), &mut b[8..]);
     }
 }

@@ -4,7 +4,7 @@
 //! j + 32 and j + 96; qh[j] holds their top two bits in that order of value.
 
 use super::legacy::{f16_at, put_f16};
-use super::rounding::{inverse, nearest, round_to_f16, to_byte};
+use super::rounding::{clamp, inverse, nearest, round_to_f16, to_byte};
 use super::searched::fit_symmetric;
 use super::{Codec, Encode, Grid, Scales, Step};
 
@@ -77,9 +77,7 @@ fn squares(x: &[Lane; SUB]) -> [Lane; SUB] {
 /// Nearest integer clamped to −32..=31.
 #[inline(always)]
 fn quant(x: f32) -> f32 {
-    let q = nearest(x);
-    let q = if q > -32.0 { q } else { -32.0 };
-    if q < 31.0 { q } else { 31.0 }
+    clamp(nearest(x), -32.0, 31.0)
 }
 
 #[inline(always)]

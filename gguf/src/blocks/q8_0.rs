@@ -2,7 +2,7 @@
 
 use super::legacy::*;
 use super::rounding::{inverse, round_half_away};
-use super::{Codec, Encode, Grid, Scales, Step};
+use super::{Codec, Encode, Grid};
 
 pub struct Q8_0;
 
@@ -33,38 +33,16 @@ impl Encode for Q8_0 {
     }
 }
 
-#[inline(always)]
-fn pack(q: &[u8], b: &mut [u8]) {
-    for (b, q) in b[2..].iter_mut().zip(q) {
-        *b = q.wrapping_sub(127);
-    }
-}
-
 impl Grid for Q8_0 {
-    const SUB: usize = 32;
     /// −128 is not written, as ggml does not write it.
     const TOP: u8 = 254;
     const OFFSET: i32 = -127;
     const HAS_MIN: bool = false;
-    const SCALES: Scales = Scales::Floats;
-
-    #[inline(always)]
-    fn units(_b: &[u8]) -> (f32, f32) {
-        (1.0, 1.0)
-    }
-
-    #[inline(always)]
-    fn step(b: &[u8], _sub: usize) -> Step {
-        Step { step: f16_at(b, 0), min: 0.0 }
-    }
-
-    #[inline(always)]
-    fn set_step(b: &mut [u8], _sub: usize, s: Step) {
-        put_f16(b, 0, s.step);
-    }
 
     #[inline(always)]
     fn pack(q: &[u8], b: &mut [u8]) {
-        pack(q, b);
+        for (b, q) in b[2..].iter_mut().zip(q) {
+            *b = q.wrapping_sub(127);
+        }
     }
 }

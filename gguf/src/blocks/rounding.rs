@@ -4,7 +4,7 @@
 use super::plain::{f16_to_f32, f32_to_f16};
 
 /// 1.5 · 2^23: a sum with it, for |x| < 2^22, has no room for a fraction.
-const MAGIC: f32 = 12_582_912.0;
+pub const MAGIC: f32 = 12_582_912.0;
 
 /// Nearest integer, ties to even, for |x| < 2^22.
 #[inline(always)]
@@ -42,4 +42,11 @@ pub fn round_to_f16(x: f32) -> f32 {
 #[inline(always)]
 pub fn inverse(d: f32) -> f32 {
     if d != 0.0 { 1.0 / d } else { 0.0 }
+}
+
+/// x within lo..=hi; NaN becomes `lo`.
+#[inline(always)]
+pub fn clamp(x: f32, lo: f32, hi: f32) -> f32 {
+    let x = if x > lo { x } else { lo };
+    if x < hi { x } else { hi }
 }

@@ -5,7 +5,7 @@
 //! Sixteen blocks ride in lanes, as in `affine`.
 
 use super::affine;
-use super::rounding::{inverse, nearest, round_to_f16, to_byte};
+use super::rounding::{clamp, inverse, nearest, round_to_f16, to_byte};
 
 pub const LANES: usize = 16;
 pub type Lane = [f32; LANES];
@@ -70,12 +70,6 @@ fn each_sixteen(values: &[f32], importance: &[f32], mut f: impl FnMut(&[Lane; LE
         }
         f(&x, &mut w, first, n);
     }
-}
-
-#[inline(always)]
-pub fn clamp(x: f32, lo: f32, hi: f32) -> f32 {
-    let x = if x > lo { x } else { lo };
-    if x < hi { x } else { hi }
 }
 
 /// For each lane the scale s of least Σ ω (x − s·q)², q in −half..=top: of 19

@@ -16,7 +16,7 @@
 //! same order whatever the number of threads, and on every CPU whose
 //! multiply-add rounds once (all but the scalar row).
 
-use gguf::blocks::rounding::{inverse, nearest, round_to_f16};
+use gguf::blocks::rounding::{MAGIC, inverse, nearest, round_to_f16};
 use gguf::blocks::{Grid, Scales, Step};
 use kernels::isa::{Isa, Op};
 
@@ -270,8 +270,6 @@ impl<B: Grid> State<B> {
     /// Sets a column to the quant nearest to `wanted`; returns its error from `w`.
     #[inline(always)]
     fn round<I: Isa>(&mut self, isa: I, column: usize, wanted: I::Float, w: I::Float) -> I::Float {
-        /// 1.5 · 2^23: a sum with it has no room for a fraction.
-        const MAGIC: f32 = 12_582_912.0;
         let sub = column / B::SUB;
         let (one, minus) = (isa.splat(1.0), isa.splat(-1.0));
         let (step, min) = (isa.load_float(&self.step[sub]), isa.load_float(&self.min[sub]));
