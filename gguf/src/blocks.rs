@@ -96,7 +96,7 @@ pub trait Encode: Codec {
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]);
 }
 
-/// The grid of one sub-block: w = step · (q + `Grid::OFFSET`) + min.
+/// The grid of one sub-block: w = step · (q + `Grid::OFFSET`) + min, or step · `iq4_nl::LEVELS`\[q\] with a codebook.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
     pub step: f32,
@@ -112,7 +112,7 @@ pub enum Scales {
     Integers { lo: i32, hi: i32 },
 }
 
-/// A codec whose values lie on evenly spaced grids, so that its scales and its
+/// A codec whose values are levels times a step, so that its scales and its
 /// quants can be chosen apart: what calibrated rounding works through.
 ///
 /// The provided methods are those of the 32-value types: an f16 step, then an
@@ -123,6 +123,8 @@ pub trait Grid: Encode {
     /// Quants are 0..=TOP.
     const TOP: u8;
     const OFFSET: i32;
+    /// Whether the levels are those of `iq4_nl`, and not evenly spaced.
+    const CODEBOOK: bool = false;
     /// Whether mins are stored; else they are 0.
     const HAS_MIN: bool;
     const SCALES: Scales = Scales::Floats;
@@ -171,8 +173,8 @@ macro_rules! for_each_codec {
             Q4_K q4_k::Q4K 12 encode,
             Q5_K q5_k::Q5K 13 encode,
             Q6_K q6_k::Q6K 14 encode,
-            IQ4_NL iq4_nl::Iq4Nl 20 decode,
-            IQ4_XS iq4_xs::Iq4Xs 23 decode,
+            IQ4_NL iq4_nl::Iq4Nl 20 encode,
+            IQ4_XS iq4_xs::Iq4Xs 23 encode,
             BF16 plain::Bf16 30 encode,
         }
     };

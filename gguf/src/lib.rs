@@ -9,6 +9,7 @@
 pub mod arch;
 pub mod blocks;
 mod cursor;
+pub mod edit;
 mod error;
 mod header;
 mod hparams;

@@ -10,7 +10,7 @@
 
 use crate::checkpoint::{Checkpoint, Rows, Style};
 use crate::config;
-use crate::encode::{self, Calibration, MatrixEncoder, Method};
+use crate::encode::{self, Calibration, Inputs, MatrixEncoder, Method};
 use crate::error::{Error, Result};
 use crate::mix::{self, Mix, Override};
 use crate::tokenizer_meta;
@@ -101,6 +101,27 @@ impl Plan {
             Source::Checkpoint(c) => c.file_bytes(),
             Source::Gguf(f) => f.file_bytes(),
         }
+    }
+
+    pub fn calibration(&self) -> Option<&Calibration> {
+        self.calibration.as_ref()
+    }
+
+    /// The layout with other types and metadata.
+    pub(crate) fn layout_with(
+        &self,
+        type_of: impl Fn(&TensorInfo) -> &'static BlockType,
+        describe: impl FnOnce(&mut gguf::Metadata),
+    ) -> Result<Layout> {
+        let mut metadata = self.layout.metadata().clone();
+        describe(&mut metadata);
+        let tensors = self.layout.tensors().iter().map(|t| (t.name().to_owned(), t.dims().to_vec(), type_of(t)));
+        Ok(Layout::new(metadata, tensors.collect())?)
+    }
+
+    /// `layout`: of `layout_with`.
+    pub(crate) fn with_layout(self, layout: Layout) -> Plan {
+        Plan { layout, ..self }
     }
 
     /// The values of tensor `i`, row by row.
@@ -315,7 +336,7 @@ fn check(options: &ConvertOptions, layout: &Layout) -> Result<Vec<String>> {
 /// Streams the planned tensors into `target`, which appears only when whole.
 pub fn convert(plan: &Plan, target: &Path, threads: usize, progress: &dyn Progress) -> Result<()> {
     refuse_overwriting_source(plan, target)?;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| Error::Worker { reason: e.to_string() })?;
+    let pool = pool(threads)?;
     let mut writer = Writer::create(target, plan.layout.clone())?;
     let (send, receive) = sync_channel::<Vec<u8>>(1);
     std::thread::scope(|scope| {
@@ -335,6 +356,11 @@ pub fn convert(plan: &Plan, target: &Path, threads: usize, progress: &dyn Progre
         writer.finish()?;
         Ok(())
     })
+}
+
+/// Workers; 0: as many as the system grants.
+pub(crate) fn pool(threads: usize) -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| Error::Worker { reason: e.to_string() })
 }
 
 fn refuse_overwriting_source(plan: &Plan, target: &Path) -> Result<()> {
@@ -365,7 +391,9 @@ fn convert_tensor(
     let bad = (AtomicU64::new(0), AtomicU64::new(0));
     let n_parts = encode::n_parts(info);
     for part in 0..n_parts {
-        let encoder = pool.install(|| MatrixEncoder::new(info, part, calibration))?;
+        let blocks = encode::wants_blocks(info.block(), calibration);
+        let inputs = pool.install(|| Inputs::new(info, part, calibration, blocks))?;
+        let encoder = MatrixEncoder::new(info.block(), cols, &inputs)?;
         let chunk_rows = encoder.rows_at_once(CHUNK);
         let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
         let end = (part + 1) * (rows / n_parts);

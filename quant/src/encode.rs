@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::statistics::{MIN_TOKENS, Statistics};
 use gguf::blocks::{self, BlockType, EncodeFn};
 use gguf::{Layout, TensorInfo};
-use hessian::{BLOCK, Factors, ROWS};
+pub use hessian::ROWS;
+use hessian::{BLOCK, Factors};
 use rayon::prelude::*;
 
 /// By the names users write.
@@ -60,10 +61,7 @@ impl Calibration {
                 notes.push(format!("{name}: experts {} were seen too rarely and get the plain search", rare.join(", ")));
             }
             for (part, block) in (0..parts).flat_map(|p| (0..cols.div_ceil(BLOCK)).map(move |b| (p, b))) {
-                if self.method == Method::Hessian
-                    && grid_of(t.block()).is_some()
-                    && self.statistics.block(name, cols, part, block)?.is_none()
-                {
+                if wants_blocks(t.block(), Some(self)) && self.statistics.block(name, cols, part, block)?.is_none() {
                     return Err(no_blocks(name));
                 }
             }
@@ -89,7 +87,7 @@ pub fn n_parts(info: &TensorInfo) -> usize {
     info.dims().get(2).map_or(1, |&n| n as usize)
 }
 
-type EncodeRows = fn(&Factors, &[f32], &mut [u8], Option<&mut f64>);
+type EncodeRows = fn(&Factors, &[f32], &mut [u8]);
 
 macro_rules! grids {
     ($($name:ident $module:ident::$codec:ident),*) => {
@@ -97,64 +95,101 @@ macro_rules! grids {
         static GRIDS: &[(&BlockType, EncodeRows)] = &[$((&blocks::$name, hessian::encode::<blocks::$module::$codec>)),*];
     };
 }
-grids!(Q4_0 q4_0::Q4_0, Q4_1 q4_1::Q4_1, Q5_0 q5_0::Q5_0, Q5_1 q5_1::Q5_1, Q8_0 q8_0::Q8_0, Q4_K q4_k::Q4K, Q5_K q5_k::Q5K, Q6_K q6_k::Q6K);
+grids!(Q4_0 q4_0::Q4_0, Q4_1 q4_1::Q4_1, Q5_0 q5_0::Q5_0, Q5_1 q5_1::Q5_1, Q8_0 q8_0::Q8_0, Q4_K q4_k::Q4K, Q5_K q5_k::Q5K, Q6_K q6_k::Q6K, IQ4_NL iq4_nl::Iq4Nl, IQ4_XS iq4_xs::Iq4Xs);
 
 fn grid_of(block: &BlockType) -> Option<EncodeRows> {
     GRIDS.iter().find(|(b, _)| *b == block).map(|g| g.1)
 }
 
-/// The encoder of one matrix: a tensor, or one expert of a stack, so that memory holds one expert's factors.
-pub struct MatrixEncoder {
-    plain: EncodeFn,
-    cols: usize,
-    row_bytes: usize,
-    block: &'static BlockType,
-    rounding: Rounding,
+/// Whether a type is rounded by blocks of second moments under a method.
+pub fn wants_blocks(block: &BlockType, calibration: Option<&Calibration>) -> bool {
+    calibration.is_some_and(|c| c.method == Method::Hessian) && grid_of(block).is_some()
 }
 
-enum Rounding {
-    /// No statistics, or too few tokens seen.
-    Plain,
-    Importance(Vec<f32>),
-    Hessian(EncodeRows, Vec<Factors>),
+/// Whether errors can be weighed by blocks of second moments.
+pub fn wants_any_blocks(calibration: Option<&Calibration>) -> bool {
+    calibration.is_some_and(|c| c.method != Method::Search && c.statistics.has_blocks())
 }
 
-impl MatrixEncoder {
-    /// Factors are computed in parallel on the current rayon pool.
-    pub fn new(info: &TensorInfo, part: usize, calibration: Option<&Calibration>) -> Result<MatrixEncoder> {
-        let block = info.block();
-        let plain = kernels::encode::encoder(block).ok_or(gguf::Error::CannotEncode { type_name: block.name })?;
-        let rounding = match calibration.filter(|c| c.method != Method::Search && !block.is_plain()) {
-            Some(c) => rounding(info, part, c)?,
-            None => Rounding::Plain,
-        };
-        Ok(MatrixEncoder { plain, cols: info.row_len() as usize, row_bytes: info.row_bytes() as usize, block, rounding })
+/// What is known of one matrix's inputs: of a tensor, or of one expert of a stack, so that memory holds one's factors.
+pub struct Inputs {
+    /// Each column's mean square.
+    means: Option<Vec<f32>>,
+    /// Of every 256 columns.
+    factors: Option<Vec<Factors>>,
+}
+
+impl Inputs {
+    /// Nothing where there are no statistics, or too few tokens were seen.
+    /// Factors are read where `blocks`, in parallel on the current rayon pool.
+    pub fn new(info: &TensorInfo, part: usize, calibration: Option<&Calibration>, blocks: bool) -> Result<Inputs> {
+        const NOTHING: Inputs = Inputs { means: None, factors: None };
+        let Some(c) = calibration.filter(|c| c.method != Method::Search) else { return Ok(NOTHING) };
+        let (name, cols, n_parts) = (info.name(), info.row_len() as usize, n_parts(info));
+        let Some((means, tokens)) = c.statistics.importance(name, cols, n_parts)? else { return Ok(NOTHING) };
+        if n_parts > 1 && tokens[part] < MIN_TOKENS {
+            return Ok(NOTHING);
+        }
+        let factors = (0..cols.div_ceil(BLOCK)).into_par_iter().map(|b| {
+            let moment = c.statistics.block(name, cols, part, b)?.ok_or_else(|| no_blocks(name))?;
+            Ok(Factors::new(&moment, BLOCK.min(cols - b * BLOCK)))
+        });
+        let factors = if blocks { Some(factors.collect::<Result<Vec<_>>>()?) } else { None };
+        Ok(Inputs { means: Some(means[part * cols..(part + 1) * cols].to_vec()), factors })
     }
 
     /// Bytes of the factors of one matrix of rows of `cols`.
-    pub fn factor_bytes(cols: u64) -> u64 {
+    pub fn bytes(cols: u64) -> u64 {
         cols.div_ceil(BLOCK as u64) * (2 * BLOCK * BLOCK * size_of::<f32>()) as u64
+    }
+
+    /// What errors of whole rows of `cols` cost, by the best that is known.
+    pub fn cost(&self, errors: &[f32], cols: usize) -> f64 {
+        let rows = || errors.chunks_exact(cols);
+        let Some(factors) = &self.factors else {
+            let of =
+                |e: &[f32], weight: &dyn Fn(usize) -> f32| e.iter().enumerate().map(|(i, e)| f64::from(weight(i) * e * e)).sum::<f64>();
+            return match &self.means {
+                Some(means) => rows().map(|e| of(e, &|i| means[i])).sum(),
+                None => rows().map(|e| of(e, &|_| 1.0)).sum(),
+            };
+        };
+        factors.iter().enumerate().map(|(b, f)| f.cost(rows().map(|e| &e[b * BLOCK..][..f.n]))).sum()
+    }
+}
+
+/// Encodes the rows of one matrix in one type.
+pub struct MatrixEncoder<'a> {
+    plain: EncodeFn,
+    cols: usize,
+    block: &'static BlockType,
+    inputs: &'a Inputs,
+    round: Option<(EncodeRows, &'a [Factors])>,
+}
+
+impl<'a> MatrixEncoder<'a> {
+    pub fn new(block: &'static BlockType, cols: usize, inputs: &'a Inputs) -> Result<MatrixEncoder<'a>> {
+        let plain = kernels::encode::encoder(block).ok_or(gguf::Error::CannotEncode { type_name: block.name })?;
+        Ok(MatrixEncoder { plain, cols, block, inputs, round: grid_of(block).zip(inputs.factors.as_deref()) })
     }
 
     /// Rows that `encode` is best given at a time.
     pub fn rows_at_once(&self, chunk: usize) -> usize {
-        match self.rounding {
-            Rounding::Hessian(..) => 4 * ROWS,
-            _ => (chunk / self.cols).max(1),
-        }
+        if self.round.is_some() { 4 * ROWS } else { (chunk / self.cols).max(1) }
     }
 
     /// Encodes whole rows.
     pub fn encode(&self, x: &[f32], out: &mut [u8]) {
-        match &self.rounding {
-            Rounding::Plain => (self.plain)(x, None, out),
-            Rounding::Importance(importance) => (self.plain)(x, Some(&importance.repeat(x.len() / self.cols)), out),
-            Rounding::Hessian(encode, factors) => self.round(*encode, factors, x, out),
+        match (&self.round, &self.inputs.means) {
+            (Some((encode, factors)), _) => self.round(*encode, factors, x, out),
+            (None, Some(means)) if !self.block.is_plain() => (self.plain)(x, Some(&means.repeat(x.len() / self.cols)), out),
+            _ => (self.plain)(x, None, out),
         }
     }
 
     fn round(&self, encode: EncodeRows, factors: &[Factors], x: &[f32], out: &mut [u8]) {
         let rows = x.len() / self.cols;
+        let row_bytes = self.block.bytes_for(self.cols as u64) as usize;
         let (mut values, mut bytes) = (vec![0.0f32; ROWS * BLOCK], vec![0u8; ROWS * self.block.bytes_for(BLOCK as u64) as usize]);
         for (b, f) in factors.iter().enumerate() {
             let n_bytes = self.block.bytes_for(f.n as u64) as usize;
@@ -165,30 +200,11 @@ impl MatrixEncoder {
                     let row = (first + r).min(rows - 1);
                     values.copy_from_slice(&x[row * self.cols + b * BLOCK..][..f.n]);
                 }
-                encode(f, &values[..ROWS * f.n], &mut bytes[..ROWS * n_bytes], None);
+                encode(f, &values[..ROWS * f.n], &mut bytes[..ROWS * n_bytes]);
                 for (r, bytes) in bytes.chunks_exact(n_bytes).take(ROWS.min(rows - first)).enumerate() {
-                    out[(first + r) * self.row_bytes + from..][..n_bytes].copy_from_slice(bytes);
+                    out[(first + r) * row_bytes + from..][..n_bytes].copy_from_slice(bytes);
                 }
             }
         }
     }
-}
-
-fn rounding(info: &TensorInfo, part: usize, c: &Calibration) -> Result<Rounding> {
-    let (name, cols, n_parts) = (info.name(), info.row_len() as usize, n_parts(info));
-    let Some((means, tokens)) = c.statistics.importance(name, cols, n_parts)? else { return Ok(Rounding::Plain) };
-    if n_parts > 1 && tokens[part] < MIN_TOKENS {
-        return Ok(Rounding::Plain);
-    }
-    if let (Method::Hessian, Some(encode)) = (c.method, grid_of(info.block())) {
-        let factors = (0..cols.div_ceil(BLOCK))
-            .into_par_iter()
-            .map(|b| {
-                let moment = c.statistics.block(name, cols, part, b)?.ok_or_else(|| no_blocks(name))?;
-                Ok(Factors::new(&moment, BLOCK.min(cols - b * BLOCK)))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        return Ok(Rounding::Hessian(encode, factors));
-    }
-    Ok(Rounding::Importance(means[part * cols..(part + 1) * cols].to_vec()))
 }

@@ -41,6 +41,8 @@ pub enum Error {
     Verify { path: PathBuf, problems: usize, first: String },
     #[error("statistics of '{what}': {reason}")]
     Statistics { what: String, reason: String },
+    #[error("{asked} bytes cannot be reached with these types; the smallest possible is {smallest}, ask for that or more")]
+    TargetTooSmall { asked: u64, smallest: u64 },
     #[error("a worker thread failed: {reason}")]
     Worker { reason: String },
 }

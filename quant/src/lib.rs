@@ -2,6 +2,7 @@
 //! safetensors and configs, choosing types, encoding, checking.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod checkpoint;
 mod config;
 pub mod convert;

@@ -134,6 +134,20 @@ pub fn by_name(name: &str) -> Result<&'static Mix> {
     Ok(mix)
 }
 
+/// The `general.file_type` of types chosen tensor by tensor: that of the mix named after the type of most weights.
+pub fn file_type_of(types: impl Iterator<Item = (&'static BlockType, u64)>) -> u32 {
+    let mut weights: Vec<(&BlockType, u64)> = Vec::new();
+    for (block, n) in types {
+        match weights.iter_mut().find(|(b, _)| *b == block) {
+            Some(w) => w.1 += n,
+            None => weights.push((block, n)),
+        }
+    }
+    let most = weights.iter().max_by_key(|w| w.1).map(|w| w.0);
+    // The last row of a type is the one that the type's name stands for: Q4_K is "Q4_K_M".
+    TABLE.iter().rev().find(|m| Some(m.default) == most).map_or(0, |m| m.file_type)
+}
+
 /// Whether a tensor is quantized at all: matrices ending in "weight", but no norms and no expert router.
 pub fn is_quantizable(name: &str, n_dims: usize) -> bool {
     n_dims >= 2 && name.ends_with("weight") && !name.contains("_norm.weight") && !name.contains("ffn_gate_inp.weight")

@@ -8,6 +8,10 @@
 //! which llama.cpp passes over. Matrices that share an input (q, k and v;
 //! gate and up) share its blocks, which bear the first one's name.
 //!
+//! What an error is worth is told by `SENSITIVITY`, one number a tensor named in
+//! the metadata's array of the same name: KL divergence in nats for a unit of
+//! eᵀ·H·e. Zeros mean not measured; they are written when the rest is complete.
+//!
 //! An embedding has no input. What an error in one of its rows costs is told by
 //! the matrices that read the residual stream (`Observer::residual_readers`):
 //! Σ row·rowᵀ of theirs, blocks of [256, 256] in `token_embd.weight.row_blocks`.
@@ -23,6 +27,7 @@ use std::path::Path;
 
 const EMBEDDING: &str = "token_embd.weight";
 const ROW_BLOCKS: &str = "token_embd.weight.row_blocks";
+const SENSITIVITY: &str = "gristmill.sensitivity";
 
 /// Tokens below which what an expert has seen says too little to round by.
 pub const MIN_TOKENS: u64 = 256;
@@ -110,6 +115,11 @@ impl Collector {
             }
         }
         let embedding = gram::n_blocks(h.hidden as usize);
+        let mut measurable: Vec<String> = (0..h.n_layers).flat_map(|l| layer_groups(h, l)).flat_map(|g| g.members).collect();
+        measurable.push(EMBEDDING.to_owned());
+        measurable.extend((!tied).then(|| "output.weight".to_owned()));
+        tensors.push((SENSITIVITY.to_owned(), vec![measurable.len() as u64], &F32));
+        metadata.set(SENSITIVITY, Value::Array(gguf::Array::String(measurable)));
         tensors.push((ROW_BLOCKS.to_owned(), vec![BLOCK as u64, BLOCK as u64, embedding as u64], &F32));
         let writer = Writer::create(target, Layout::new(metadata, tensors)?)?;
         let mut c = Collector {
@@ -185,6 +195,8 @@ impl Collector {
 
     /// Completes the file, after the head was written.
     pub fn finish(mut self) -> Result<()> {
+        let measurable = self.writer.layout().tensors().iter().find(|t| t.name() == SENSITIVITY).map_or(0, |t| t.n_elements());
+        write_floats(&mut self.writer, &vec![0.0; measurable as usize])?;
         gram::mirror(&mut self.readers);
         write_floats(&mut self.writer, &self.readers)?;
         Ok(self.writer.finish()?)
@@ -237,6 +249,25 @@ impl Statistics {
     /// True if it holds the blocks that `hessian` rounds by, not only each column's mean square.
     pub fn has_blocks(&self) -> bool {
         self.file.tensors().any(|t| t.info.name().ends_with(".in_blocks"))
+    }
+
+    /// KL divergence, in nats, of a unit of what `Inputs::cost` counts; None where it was not measured.
+    pub fn sensitivity(&self, tensor: &str) -> Option<f64> {
+        let names = self.file.metadata().opt_strings(SENSITIVITY).ok().flatten()?;
+        let at = names.iter().position(|n| n == tensor)?;
+        let value = f64::from(*self.floats(SENSITIVITY)?.get(at)?);
+        (value.is_finite() && value > 0.0).then_some(value)
+    }
+
+    pub fn has_sensitivities(&self) -> bool {
+        self.floats(SENSITIVITY).is_some_and(|s| s.iter().any(|v| *v > 0.0))
+    }
+
+    /// Writes measured sensitivities into the file at `path`, which is complete without them.
+    pub fn set_sensitivities(path: &Path, measured: &HashMap<String, f64>) -> Result<()> {
+        let names = ModelFile::open(path)?.metadata().opt_strings(SENSITIVITY)?.unwrap_or_default().to_vec();
+        let bytes: Vec<u8> = names.iter().flat_map(|n| (measured.get(n).copied().unwrap_or(0.0) as f32).to_le_bytes()).collect();
+        Ok(gguf::edit::overwrite_tensor(path, SENSITIVITY, &bytes)?)
     }
 
     fn floats(&self, name: &str) -> Option<Vec<f32>> {

@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::layers::{Quantized, attention, feed_forward};
-use crate::model::Model;
+use crate::model::{Model, Weight};
 use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
@@ -25,14 +25,14 @@ pub enum Want {
 }
 
 /// What all layers of one batch share.
-pub(crate) struct Step<'a> {
+pub(crate) struct Step<'a, 'o> {
     pub h: &'a Hparams,
     pub pool: &'a Pool,
     pub rope: &'a RopeTable,
     pub n_tokens: usize,
     pub first_pos: usize,
     /// None while a model only runs.
-    pub observer: Option<&'a Mutex<dyn Observer + 'a>>,
+    pub observer: Option<&'a Mutex<dyn Observer + 'o>>,
 }
 
 /// Buffers of one batch. Their sizes are `Scratch::lengths`, which the planner counts too.
@@ -160,22 +160,24 @@ impl<'m> Decoder<'m> {
         }
         cache.advance(n);
         if from < n {
-            let s = &mut self.scratch;
-            let vocab = self.model.vocab();
-            let old = self.logits.len();
-            self.logits.resize(old + (n - from) * vocab, 0.0);
-            let (x, weight) = (&s.x, &self.model.output_norm);
-            let norm = |t: usize, out: &mut [f32]| {
-                vecmath::rms_norm_row(&x[(from + t) * hidden..(from + t + 1) * hidden], weight, h.rms_eps, out);
-            };
-            s.quantized.matmul(&step, n - from, hidden, &norm, &mut [(&self.model.output, &mut self.logits[old..])]);
+            head(&step, &self.model.output_norm, &self.model.output, &mut self.scratch, from, &mut self.logits);
             // NaN spreads, so the last row tells whether anything went wrong on the way.
-            if !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
+            if !self.logits[self.logits.len() - self.model.vocab()..].iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { position: first_pos + n - 1 });
             }
         }
         Ok(())
     }
+}
+
+/// Appends the logits of the batch's tokens from `from` on.
+pub(crate) fn head(step: &Step, norm: &[f32], output: &Weight, s: &mut Scratch, from: usize, logits: &mut Vec<f32>) {
+    let (n, hidden) = (step.n_tokens - from, step.h.hidden as usize);
+    let old = logits.len();
+    logits.resize(old + n * step.h.vocab as usize, 0.0);
+    let x = &s.x[from * hidden..];
+    let normed = |t: usize, out: &mut [f32]| vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], norm, step.h.rms_eps, out);
+    s.quantized.matmul(step, n, hidden, &normed, &mut [(output, &mut logits[old..])]);
 }
 
 /// Angle per position of each rotated pair, and what cos and sin are multiplied with.

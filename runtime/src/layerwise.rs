@@ -7,11 +7,11 @@
 //! tokens ─ embed ─▶ states ─ layer 0 ─▶ states ─ layer 1 ─▶ … ─ norm ─▶ head
 //! ```
 
-use crate::decoder::{BATCH, Scratch, Step, rope_frequencies};
+use crate::decoder::{self, BATCH, Scratch, Step, rope_frequencies};
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvCache, KvType};
 use crate::layers::{attention, feed_forward};
-use crate::model::{FeedForwardWeights, Model, Weight};
+use crate::model::{FeedForwardWeights, Layer, Model, Weight};
 use kernels::vecmath::{self, RopeTable};
 use kernels::{Observer, Pool};
 use std::fs::File;
@@ -24,13 +24,81 @@ pub struct Layerwise<'m> {
     context: usize,
     n_windows: usize,
     states: States,
+    runner: Runner<'m>,
+    /// The largest `residual_readers` share so far.
+    loudest: f64,
+}
+
+/// Takes windows through single layers.
+pub(crate) struct Runner<'m> {
+    model: &'m Model,
     scratch: Scratch,
+    /// Of one layer; emptied for every window.
     cache: KvCache,
     rope: RopeTable,
     frequencies: Vec<f64>,
     magnitude: f32,
-    /// The largest `residual_readers` share so far.
-    loudest: f64,
+}
+
+/// Where in a layer the residual stream is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Norm {
+    Attention,
+    FeedForward,
+}
+
+impl<'m> Runner<'m> {
+    pub fn new(model: &'m Model, context: usize) -> Result<Self> {
+        let h = model.hparams();
+        let one_layer = gguf::Hparams { n_layers: 1, ..h.clone() };
+        let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
+        Ok(Runner {
+            model,
+            scratch: Scratch::new(h, context.min(BATCH)),
+            cache: KvCache::new(&one_layer, context, KvType::F16)?,
+            rope: RopeTable::default(),
+            frequencies,
+            magnitude,
+        })
+    }
+
+    /// A window's hidden states through `layer`, in place; `reads` is shown them as each norm reads them.
+    pub fn layer(
+        &mut self,
+        pool: &Pool,
+        layer: &Layer,
+        window: &mut [f32],
+        observer: Option<&Mutex<dyn Observer + '_>>,
+        mut reads: impl FnMut(Norm, &[f32]),
+    ) {
+        let h = self.model.hparams();
+        let hidden = h.hidden as usize;
+        self.cache.truncate(0);
+        for batch in window.chunks_mut(BATCH * hidden) {
+            let (n, first_pos) = (batch.len() / hidden, self.cache.len());
+            self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
+            let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer };
+            self.scratch.x[..batch.len()].copy_from_slice(batch);
+            reads(Norm::Attention, batch);
+            attention::run(&step, 0, &layer.attention, &mut self.cache, &mut self.scratch);
+            reads(Norm::FeedForward, &self.scratch.x[..batch.len()]);
+            feed_forward::run(&step, layer, &mut self.scratch);
+            batch.copy_from_slice(&self.scratch.x[..batch.len()]);
+            self.cache.advance(n);
+        }
+    }
+
+    /// Logits of every token of a window, appended.
+    pub fn head(&mut self, pool: &Pool, output: &Weight, window: &[f32], logits: &mut Vec<f32>) {
+        let h = self.model.hparams();
+        let hidden = h.hidden as usize;
+        for batch in window.chunks(BATCH * hidden) {
+            let n_tokens = batch.len() / hidden;
+            let step = Step { h, pool, rope: &self.rope, n_tokens, first_pos: 0, observer: None };
+            self.scratch.x[..batch.len()].copy_from_slice(batch);
+            decoder::head(&step, &self.model.output_norm, output, &mut self.scratch, 0, logits);
+        }
+    }
 }
 
 impl<'m> Layerwise<'m> {
@@ -54,20 +122,7 @@ impl<'m> Layerwise<'m> {
             }
             states.write(w, &x)?;
         }
-        let one_layer = gguf::Hparams { n_layers: 1, ..h.clone() };
-        let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
-        Ok(Layerwise {
-            model,
-            context,
-            n_windows,
-            states,
-            scratch: Scratch::new(h, context.min(BATCH)),
-            cache: KvCache::new(&one_layer, context, KvType::F16)?,
-            rope: RopeTable::default(),
-            frequencies,
-            magnitude,
-            loudest: 0.0,
-        })
+        Ok(Layerwise { model, context, n_windows, states, runner: Runner::new(model, context)?, loudest: 0.0 })
     }
 
     pub fn n_windows(&self) -> usize {
@@ -118,19 +173,10 @@ impl<'m> Layerwise<'m> {
         let gains = |x: &[f32]| x.chunks_exact(hidden).map(|x| share / mean_square(x, h.rms_eps)).sum::<f64>();
         for w in 0..self.n_windows {
             self.states.read(w, &mut window)?;
-            self.cache.truncate(0);
-            for batch in window.chunks_mut(BATCH * hidden) {
-                let (n, first_pos) = (batch.len() / hidden, self.cache.len());
-                self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
-                let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer: Some(observer) };
-                self.scratch.x[..batch.len()].copy_from_slice(batch);
-                gain_attention += gains(batch);
-                attention::run(&step, 0, &layer.attention, &mut self.cache, &mut self.scratch);
-                gain_ffn += gains(&self.scratch.x[..batch.len()]);
-                feed_forward::run(&step, layer, &mut self.scratch);
-                batch.copy_from_slice(&self.scratch.x[..batch.len()]);
-                self.cache.advance(n);
-            }
+            self.runner.layer(pool, layer, &mut window, Some(observer), |norm, x| match norm {
+                Norm::Attention => gain_attention += gains(x),
+                Norm::FeedForward => gain_ffn += gains(x),
+            });
             // NaN spreads, so the last value tells whether anything went wrong on the way.
             if !window[window.len() - hidden..].iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { position: self.context - 1 });

@@ -1,6 +1,7 @@
 //! Running a model: the plan, the decoder, the KV cache, the tokenizer, the sampler, the session.
 #![forbid(unsafe_code)]
 
+pub mod blame;
 pub mod chat_template;
 mod cost;
 mod decoder;

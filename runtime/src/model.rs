@@ -5,37 +5,66 @@
 use crate::error::{Error, Result};
 use gguf::arch::{Role, TensorRule};
 use gguf::blocks::DecodeFn;
-use gguf::{Hparams, Mapping, ModelFile, TensorView};
+use gguf::{BlockType, Hparams, Mapping, ModelFile, TensorView};
 use kernels::Matmul;
 use kernels::matmul::MatmulKernel;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A matrix in the map, with its kernel.
+/// A matrix in the map, with its kernel. Cloning shares the bytes.
+#[derive(Clone)]
 pub struct Weight {
     tensor: Arc<str>,
     /// Which of the tensor's matrices: the expert of a stack, or 0.
     part: usize,
-    mapping: Mapping,
-    range: Range<usize>,
+    storage: Storage,
     plan: Matmul,
     decode: DecodeFn,
     row_bytes: usize,
 }
 
+#[derive(Clone)]
+enum Storage {
+    Mapped(Mapping, Range<usize>),
+    /// A stand-in that lies in no file.
+    Owned(Arc<[u8]>),
+}
+
 impl Weight {
-    pub(crate) fn row_bytes(&self) -> usize {
+    pub fn row_bytes(&self) -> usize {
         self.row_bytes
     }
 
     /// Whole rows of `bytes` as floats.
-    pub(crate) fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+    pub fn decode(&self, bytes: &[u8], out: &mut [f32]) {
         (self.decode)(bytes, out);
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.mapping.bytes()[self.range.clone()]
+        match &self.storage {
+            Storage::Mapped(mapping, range) => &mapping.bytes()[range.clone()],
+            Storage::Owned(bytes) => bytes,
+        }
+    }
+
+    /// The same matrix in another type, from memory.
+    pub fn with_bytes(&self, block: &'static BlockType, bytes: Vec<u8>) -> Result<Weight> {
+        let shape = (self.plan.rows(), self.plan.cols());
+        Weight::bind(self.tensor.clone(), self.part, block, shape, Storage::Owned(bytes.into()))
+    }
+
+    fn bind(tensor: Arc<str>, part: usize, block: &'static BlockType, (rows, cols): (usize, usize), storage: Storage) -> Result<Weight> {
+        let kernel = |cause| Error::Kernel { tensor: tensor.to_string(), cause };
+        let plan = Matmul::new(block, rows, cols).map_err(kernel)?;
+        let decode = kernels::encode::decoder(block).ok_or_else(|| {
+            let known = gguf::blocks::decodable_names();
+            gguf::Error::CannotDecode { tensor: tensor.to_string(), type_name: block.name, known }
+        })?;
+        let row_bytes = block.bytes_for(cols as u64) as usize;
+        let weight = Weight { tensor: tensor.clone(), part, storage, plan, decode, row_bytes };
+        plan.check(weight.bytes()).map_err(kernel)?;
+        Ok(weight)
     }
 
     pub fn plan(&self) -> Matmul {
@@ -53,6 +82,7 @@ impl Weight {
     }
 }
 
+#[derive(Clone)]
 pub(crate) struct AttentionWeights {
     pub norm: Vec<f32>,
     pub q: Weight,
@@ -67,21 +97,50 @@ pub(crate) struct AttentionWeights {
     pub k_norm: Option<Vec<f32>>,
 }
 
+#[derive(Clone)]
 pub(crate) struct Mlp {
     pub gate: Weight,
     pub up: Weight,
     pub down: Weight,
 }
 
+#[derive(Clone)]
 pub(crate) enum FeedForwardWeights {
     Dense(Mlp),
     Experts { router: Weight, experts: Vec<Mlp> },
 }
 
+#[derive(Clone)]
 pub(crate) struct Layer {
     pub attention: AttentionWeights,
     pub ffn_norm: Vec<f32>,
     pub feed_forward: FeedForwardWeights,
+}
+
+impl Layer {
+    /// Matrices in the order a token meets them, the router left out.
+    pub fn matrices_mut(&mut self) -> Vec<&mut Weight> {
+        let a = &mut self.attention;
+        let mut out = vec![&mut a.q, &mut a.k, &mut a.v, &mut a.output];
+        match &mut self.feed_forward {
+            FeedForwardWeights::Dense(m) => out.extend([&mut m.gate, &mut m.up, &mut m.down]),
+            FeedForwardWeights::Experts { experts, .. } => {
+                out.extend(experts.iter_mut().flat_map(|m| [&mut m.gate, &mut m.up, &mut m.down]));
+            }
+        }
+        out
+    }
+
+    /// As `matrices_mut`.
+    pub fn matrices(&self) -> Vec<&Weight> {
+        let a = &self.attention;
+        let mut out = vec![&a.q, &a.k, &a.v, &a.output];
+        match &self.feed_forward {
+            FeedForwardWeights::Dense(m) => out.extend([&m.gate, &m.up, &m.down]),
+            FeedForwardWeights::Experts { experts, .. } => out.extend(experts.iter().flat_map(|m| [&m.gate, &m.up, &m.down])),
+        }
+        out
+    }
 }
 
 pub struct Model {
@@ -92,7 +151,7 @@ pub struct Model {
     pub(crate) output: Weight,
     /// Divides each RoPE frequency (llama3 scaling).
     pub(crate) rope_factors: Option<Vec<f32>>,
-    embedding: (Mapping, Range<usize>, usize, DecodeFn),
+    pub(crate) embedding: Weight,
 }
 
 impl Model {
@@ -104,16 +163,9 @@ impl Model {
         let path = file.path().to_owned();
         let hparams = Hparams::from_metadata(file.metadata()).map_err(|e| e.in_file(&path))?;
         let b = Binder { file: &file, h: &hparams };
-        let embedding_view = b.view(b.rule(Role::TokenEmbd)?, 0)?.ok_or_else(|| b.missing(Role::TokenEmbd, 0))?;
-        let block = embedding_view.info.block();
-        let decode = kernels::encode::decoder(block).ok_or_else(|| cannot_decode(&embedding_view))?;
-        let (mapping, range) = b.place(embedding_view.info.name())?;
-        let embedding = (mapping, range, embedding_view.info.row_bytes() as usize, decode);
-        let output = match b.matrix(Role::Output, 0)? {
-            Some(w) => w,
-            // Tied: the embedding is the head.
-            None => b.need(Role::TokenEmbd, 0)?,
-        };
+        let embedding = b.need(Role::TokenEmbd, 0)?;
+        // Tied: the embedding is the head.
+        let output = b.matrix(Role::Output, 0)?.unwrap_or_else(|| embedding.clone());
         let layers = (0..hparams.n_layers).map(|l| b.layer(l)).collect::<Result<Vec<_>>>()?;
         let output_norm = b.need_vector(Role::OutputNorm, 0)?;
         let rope_factors = b.vector(Role::RopeFreqs, 0)?;
@@ -137,27 +189,27 @@ impl Model {
         if id as usize >= self.vocab() {
             return Err(Error::BadToken { id, vocab: self.vocab() });
         }
-        let (mapping, range, row_bytes, decode) = &self.embedding;
-        let start = range.start + id as usize * row_bytes;
-        decode(&mapping.bytes()[start..start + row_bytes], out);
+        let w = &self.embedding;
+        let start = id as usize * w.row_bytes;
+        w.decode(&w.bytes()[start..start + w.row_bytes], out);
         Ok(())
+    }
+
+    /// The matrix of a tensor, by name and part (the expert of a stack, or 0).
+    pub fn weight(&self, tensor: &str, part: usize) -> Option<&Weight> {
+        let all = [&self.embedding, &self.output].into_iter().chain(self.layers.iter().flat_map(Layer::matrices));
+        all.into_iter().find(|w| w.tensor() == (tensor, part))
     }
 
     /// Matrices in the order a token meets them, for reading ahead.
     pub(crate) fn in_execution_order(&self) -> Vec<(Mapping, Range<usize>)> {
-        let mut out = Vec::new();
-        let mut add = |w: &Weight| out.push((w.mapping.clone(), w.range.clone()));
-        for layer in &self.layers {
-            let a = &layer.attention;
-            [&a.q, &a.k, &a.v, &a.output].into_iter().for_each(&mut add);
-            let mut mlp = |m: &Mlp| [&m.gate, &m.up, &m.down].into_iter().for_each(&mut add);
-            match &layer.feed_forward {
-                FeedForwardWeights::Dense(m) => mlp(m),
-                FeedForwardWeights::Experts { experts, .. } => experts.iter().for_each(mlp),
-            }
-        }
-        add(&self.output);
-        out
+        let weights = self.layers.iter().flat_map(Layer::matrices).chain([&self.output]);
+        weights
+            .filter_map(|w| match &w.storage {
+                Storage::Mapped(mapping, range) => Some((mapping.clone(), range.clone())),
+                Storage::Owned(_) => None,
+            })
+            .collect()
     }
 }
 
@@ -208,14 +260,10 @@ impl Binder<'_> {
     /// Binds `rows` × `cols` at part `i` of a tensor (an expert of a stack, or 0).
     fn bind(&self, view: &TensorView, rows: u64, i: usize) -> Result<Weight> {
         let (mapping, range) = self.place(view.info.name())?;
-        let kernel = |cause| Error::Kernel { tensor: view.info.name().to_owned(), cause };
-        let plan = Matmul::new(view.info.block(), rows as usize, view.info.row_len() as usize).map_err(kernel)?;
         let n_bytes = (rows * view.info.row_bytes()) as usize;
-        let range = range.start + i * n_bytes..range.start + (i + 1) * n_bytes;
-        plan.check(&mapping.bytes()[range.clone()]).map_err(kernel)?;
-        let decode = kernels::encode::decoder(view.info.block()).ok_or_else(|| cannot_decode(view))?;
-        let row_bytes = view.info.row_bytes() as usize;
-        Ok(Weight { tensor: view.info.name().into(), part: i, mapping, range, plan, decode, row_bytes })
+        let storage = Storage::Mapped(mapping, range.start + i * n_bytes..range.start + (i + 1) * n_bytes);
+        let shape = (rows as usize, view.info.row_len() as usize);
+        Weight::bind(view.info.name().into(), i, view.info.block(), shape, storage)
     }
 
     fn matrix(&self, role: Role, layer: u64) -> Result<Option<Weight>> {

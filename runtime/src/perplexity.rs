@@ -7,6 +7,7 @@
 use crate::decoder::{Decoder, Want};
 use crate::error::{Error, Result};
 use crate::kv_cache::{KvCache, KvType};
+use crate::layers::per_token;
 use crate::model::Model;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 use kernels::{Pool, vecmath};
@@ -46,12 +47,17 @@ pub struct Options {
 }
 
 /// ln p of each token, from logits in place.
-fn log_softmax(logits: &mut [f32]) {
+pub(crate) fn log_softmax(logits: &mut [f32]) {
     let mut e = logits.to_vec();
     let max = e.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
     let total = vecmath::exp_minus_max(&mut e);
     let shift = max + total.ln() as f32;
     logits.iter_mut().for_each(|v| *v -= shift);
+}
+
+/// KL(q ‖ p) of two rows of log-probabilities, in nats.
+pub(crate) fn kl_divergence(q: &[f32], p: &[f32]) -> f64 {
+    q.iter().zip(p).map(|(q, p)| f64::from(q.exp()) * f64::from(q - p)).sum()
 }
 
 fn argmax(x: &[f32]) -> usize {
@@ -97,16 +103,24 @@ impl<'m> Runner<'m> {
         self.cache.truncate(0);
         let vocab = self.decoder.model().vocab();
         let mut logits = self.decoder.forward(pool, &mut self.cache, tokens, Want::From(first))?.to_vec();
-        let rows: Vec<&mut [f32]> = logits.chunks_exact_mut(vocab).collect();
-        let rows = std::sync::Mutex::new(rows);
-        pool.for_each(tokens.len() - first, |_| {
-            let row = rows.lock().unwrap_or_else(|e| e.into_inner()).pop();
-            if let Some(row) = row {
-                log_softmax(row);
-            }
-        });
+        per_token(pool, &mut logits, vocab, |_, row| log_softmax(row));
         Ok(logits)
     }
+}
+
+/// The text's windows, of which there are at most `max` if that is not 0.
+pub fn windows(model: &Model, text: &str, context: usize, max: usize) -> Result<Vec<Vec<u32>>> {
+    let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
+    let tokens = tokenizer.encode(text, EncodeOptions { add_special: true, parse_special: false })?;
+    if context < 4 || tokens.len() < context {
+        return Err(Error::TextTooShort { tokens: tokens.len(), needed: context.max(4) });
+    }
+    let mut windows: Vec<Vec<u32>> =
+        tokens.chunks_exact(context).take(if max == 0 { usize::MAX } else { max }).map(<[u32]>::to_vec).collect();
+    if let (true, Some(bos)) = (tokenizer.add_bos, tokenizer.bos) {
+        windows.iter_mut().for_each(|w| w[0] = bos);
+    }
+    Ok(windows)
 }
 
 pub fn run(
@@ -117,34 +131,21 @@ pub fn run(
     options: &Options,
     mut progress: impl FnMut(usize, usize, f64),
 ) -> Result<Report> {
-    let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
     if let Some(r) = reference
         && r.vocab() != model.vocab()
     {
         return Err(Error::DifferentVocabularies { a: model.vocab(), b: r.vocab() });
     }
-    let tokens = tokenizer.encode(text, EncodeOptions { add_special: true, parse_special: false })?;
     let ctx = options.context;
-    if ctx < 4 || tokens.len() < ctx {
-        return Err(Error::TextTooShort { tokens: tokens.len(), needed: ctx.max(4) });
-    }
-    let n_windows = match (tokens.len() / ctx, options.max_windows) {
-        (n, 0) => n,
-        (n, max) => n.min(max),
-    };
+    let windows = windows(model, text, ctx, options.max_windows)?;
+    let n_windows = windows.len();
     let mut run = Runner::new(model, ctx, options.kv)?;
     let mut reference = reference.map(|r| Runner::new(r, ctx, KvType::F16)).transpose()?;
     let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());
     let mut divergences = Vec::new();
     let mut same_top = 0usize;
     let (first, vocab) = (ctx / 2, model.vocab());
-    for w in 0..n_windows {
-        let mut window = tokens[w * ctx..(w + 1) * ctx].to_vec();
-        if tokenizer.add_bos
-            && let Some(bos) = tokenizer.bos
-        {
-            window[0] = bos;
-        }
+    for (w, window) in windows.into_iter().enumerate() {
         let ours = run.window(pool, &window, first)?;
         let theirs = reference.as_mut().map(|r| r.window(pool, &window, first)).transpose()?;
         for i in 0..ctx - 1 - first {
@@ -153,7 +154,7 @@ pub fn run(
             if let Some(theirs) = &theirs {
                 let q = &theirs[i * vocab..(i + 1) * vocab];
                 reference_nll.add(-f64::from(q[next]));
-                let d: f64 = q.iter().zip(p).map(|(q, p)| f64::from(q.exp()) * f64::from(q - p)).sum();
+                let d = kl_divergence(q, p);
                 kl.add(d);
                 divergences.push(d);
                 same_top += usize::from(argmax(p) == argmax(q));

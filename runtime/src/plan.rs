@@ -44,6 +44,11 @@ pub struct Request {
     pub vram: Option<u64>,
 }
 
+/// Bytes that a GPU of `vram` bytes has for weights beside a context of `ctx` tokens and scratch; 0 if none.
+pub fn room_for_weights(h: &Hparams, vram: u64, ctx: u64, kv: KvType) -> u64 {
+    vram.saturating_sub(GPU_CONTEXT + kv.bytes(h.kv_elements_per_token()) * ctx + Scratch::bytes(h, BATCH))
+}
+
 /// Plans for one device: the GPU if `vram` is given (the embedding stays on the host), else the CPU.
 pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> MemoryPlan {
     let all: u64 = tensors.iter().map(TensorInfo::n_bytes).sum();

@@ -1,5 +1,6 @@
 //! What the test files share: where things are, small models, small helpers.
 
+pub mod command;
 #[cfg(feature = "ggml")]
 pub mod ggml;
 

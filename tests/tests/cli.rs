@@ -2,41 +2,9 @@
 
 use serde_json::Value as Json;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
+use tests::command::{fails, json, ok, path, run};
 use tests::{Folder, convert, demo, fixture, grist};
-
-fn run(args: &[&str]) -> Output {
-    let cache = std::env::temp_dir().join("gristmill-cli-cache");
-    Command::new(grist()).args(args).env("GRIST_CACHE", cache).stdin(Stdio::null()).output().expect("grist is built with the workspace")
-}
-
-fn ok(args: &[&str]) -> String {
-    let o = run(args);
-    assert!(o.status.success(), "{args:?}: {}", String::from_utf8_lossy(&o.stderr));
-    String::from_utf8(o.stdout).unwrap()
-}
-
-fn json(args: &[&str]) -> Json {
-    serde_json::from_str(&ok(args)).unwrap()
-}
-
-/// Exit code 1 and one line that holds every word.
-fn fails(args: &[&str], words: &[&str]) {
-    let o = run(args);
-    let err = String::from_utf8(o.stderr).unwrap();
-    assert_eq!(o.status.code(), Some(1), "{args:?}: {err}");
-    assert_eq!(err.lines().filter(|l| l.contains("error")).count(), 1, "{err}");
-    let last = err.lines().last().unwrap();
-    assert!(last.starts_with("grist: error: "), "{err}");
-    for w in words {
-        assert!(last.contains(w), "'{w}' is not in: {err}");
-    }
-    assert!(!err.contains("panicked"));
-}
-
-fn path(p: &Path) -> &str {
-    p.to_str().unwrap()
-}
 
 /// The same greedy text on every ISA, from the README's model.
 #[test]

@@ -56,16 +56,16 @@ fn weighted_error(b: &gguf::BlockType, x: &[f32], bytes: &[u8]) -> f64 {
         .zip(y.chunks_exact(32))
         .map(|(x, y)| {
             let rms = (x.iter().map(|v| v * v).sum::<f32>() / 32.0).sqrt();
-            // Q6_K (sub-blocks of 16, no mins) weighs by x², the others by rms + |x|.
-            let weight = |v: f32| if b.block_bytes == 210 { v * v } else { rms + v.abs() };
+            // Types without mins weigh by x², the others by rms + |x|.
+            let weight = |v: f32| if [210, 136, 18].contains(&b.block_bytes) { v * v } else { rms + v.abs() };
             x.iter().zip(y).map(|(x, y)| f64::from(weight(*x)) * f64::from(x - y).powi(2)).sum::<f64>()
         })
         .sum()
 }
 
 #[test]
-fn k_quant_encodes_are_no_worse() {
-    for name in ["Q4_K", "Q5_K", "Q6_K"] {
+fn searched_encodes_are_no_worse() {
+    for name in ["Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"] {
         let b = blocks::by_name(name).unwrap();
         for (data, heavy) in [("gaussian", 0), ("heavy-tailed", 17)] {
             let x = weights(512 * 1024, 11, heavy);

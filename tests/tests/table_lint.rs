@@ -74,6 +74,8 @@ fn encode_then_decode_stays_close() {
         ("Q4_K", 0.075),
         ("Q4_1", 0.085),
         ("Q4_0", 0.095),
+        ("IQ4_NL", 0.08),
+        ("IQ4_XS", 0.08),
     ];
     for b in blocks::table() {
         let Some(encode) = b.encode else { continue };

@@ -3,11 +3,29 @@
 //! nibble in scales_l (two a byte), top two bits in scales_h:
 //! w = d · (scale − 32) · VALUES[q].
 
-use super::Codec;
-use super::iq4_nl::VALUES;
-use super::legacy::f16_at;
+use super::iq4_nl::{VALUES, fit, index, nearest_level};
+use super::legacy::{as_block, f16_at, pack_nibbles, put_f16};
+use super::rounding::{clamp, inverse, nearest, round_to_f16};
+use super::searched::{LANES, Lane, each_sixteen};
+use super::{Codec, Encode, Grid, Scales, Step};
 
 pub struct Iq4Xs;
+
+#[inline(always)]
+fn scale_at(b: &[u8], sub: usize) -> i32 {
+    let high = u16::from_le_bytes([b[2], b[3]]);
+    let low = b[4 + sub / 2] >> (4 * (sub % 2)) & 15;
+    i32::from(low) + i32::from(high >> (2 * sub) & 3) * 16 - 32
+}
+
+#[inline(always)]
+fn put_scale(b: &mut [u8], sub: usize, scale: i32) {
+    let bits = (scale + 32) as u16 & 63;
+    let high = u16::from_le_bytes([b[2], b[3]]) & !(3 << (2 * sub)) | (bits >> 4) << (2 * sub);
+    b[2..4].copy_from_slice(&high.to_le_bytes());
+    let shift = 4 * (sub % 2);
+    b[4 + sub / 2] = b[4 + sub / 2] & !(15 << shift) | (bits as u8 & 15) << shift;
+}
 
 impl Codec for Iq4Xs {
     const LEN: usize = 256;
@@ -16,15 +34,130 @@ impl Codec for Iq4Xs {
     #[inline(always)]
     fn decode_block(b: &[u8], out: &mut [f32]) {
         let d = f16_at(b, 0);
-        let high = u16::from_le_bytes([b[2], b[3]]);
         for sub in 0..8 {
-            let low = b[4 + sub / 2] >> (4 * (sub % 2)) & 15;
-            let scale = d * (i32::from(low) + i32::from(high >> (2 * sub) & 3) * 16 - 32) as f32;
+            let scale = d * scale_at(b, sub) as f32;
             let qs = &b[8 + 16 * sub..24 + 16 * sub];
             for j in 0..16 {
                 out[32 * sub + j] = scale * f32::from(VALUES[usize::from(qs[j] & 15)]);
                 out[32 * sub + j + 16] = scale * f32::from(VALUES[usize::from(qs[j] >> 4)]);
             }
+        }
+    }
+}
+
+/// Sub-blocks of a super-block; two super-blocks ride in lanes.
+const SUBS: usize = 8;
+
+impl Encode for Iq4Xs {
+    /// Each sub-block's scale by IQ4_NL's search; then, with the real d, the
+    /// integer scales around the rounded one compete, and d is re-fitted once.
+    #[inline(always)]
+    fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+        each_sixteen(values, importance, |x, w, block, n| {
+            let s = fit(x, w);
+            for half in 0..n / SUBS {
+                let lanes = SUBS * half..SUBS * (half + 1);
+                let b = &mut out[136 * (block / SUBS + half)..136 * (block / SUBS + half + 1)];
+                let (d, scales) = integer_scales(x, w, &s, lanes.clone());
+                b[..8].fill(0);
+                put_f16(b, 0, d);
+                for (sub, l) in lanes.enumerate() {
+                    put_scale(b, sub, scales[l] as i32);
+                    let inv = inverse(d * scales[l]);
+                    let mut q = [0u8; 32];
+                    for (q, x) in q.iter_mut().zip(x) {
+                        *q = index(nearest_level(x[l] * inv));
+                    }
+                    pack_nibbles(&q, &mut b[8 + 16 * sub..24 + 16 * sub]);
+                }
+            }
+        });
+    }
+}
+
+/// d, and each lane's integer scale.
+#[inline(always)]
+fn integer_scales(x: &[Lane; 32], w: &[Lane; 32], s: &Lane, lanes: std::ops::Range<usize>) -> (f32, Lane) {
+    let peak = s[lanes.clone()].iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
+    if peak.abs() < 1e-15 {
+        return (0.0, [0.0; LANES]);
+    }
+    let d = round_to_f16(peak / -32.0);
+    let (scales, errors) = integers(x, w, s, d);
+    let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        inv[l] = inverse(d * scales[l]);
+    }
+    for j in 0..32 {
+        for l in 0..LANES {
+            let a = scales[l] * nearest_level(x[j][l] * inv[l]);
+            qx[l] += w[j][l] * a * x[j][l];
+            qq[l] += w[j][l] * a * a;
+        }
+    }
+    let sum = |v: &Lane| v[lanes.clone()].iter().sum::<f32>();
+    let refitted = round_to_f16(sum(&qx) / sum(&qq));
+    if refitted.is_finite() && refitted != 0.0 {
+        let (again, errors_again) = integers(x, w, s, refitted);
+        if sum(&errors_again) < sum(&errors) {
+            return (refitted, again);
+        }
+    }
+    (d, scales)
+}
+
+/// The integer scales around `s / d` with the least error, and that error.
+#[inline(always)]
+fn integers(x: &[Lane; 32], w: &[Lane; 32], s: &Lane, d: f32) -> (Lane, Lane) {
+    let (mut best, mut least) = ([0.0f32; LANES], [f32::INFINITY; LANES]);
+    for delta in [0.0, 1.0, -1.0] {
+        let (mut scale, mut step, mut inv, mut error) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+        for l in 0..LANES {
+            scale[l] = clamp(nearest(s[l] * inverse(d)) + delta, -32.0, 31.0);
+            step[l] = d * scale[l];
+            inv[l] = inverse(step[l]);
+        }
+        for j in 0..32 {
+            for l in 0..LANES {
+                let e = x[j][l] - step[l] * nearest_level(x[j][l] * inv[l]);
+                error[l] += w[j][l] * e * e;
+            }
+        }
+        for l in 0..LANES {
+            if error[l] < least[l] {
+                (least[l], best[l]) = (error[l], scale[l]);
+            }
+        }
+    }
+    (best, least)
+}
+
+impl Grid for Iq4Xs {
+    const TOP: u8 = 15;
+    const OFFSET: i32 = 0;
+    const HAS_MIN: bool = false;
+    const CODEBOOK: bool = true;
+    const SCALES: Scales = Scales::Integers { lo: -32, hi: 31 };
+
+    #[inline(always)]
+    fn units(b: &[u8]) -> (f32, f32) {
+        (f16_at(b, 0), 0.0)
+    }
+
+    #[inline(always)]
+    fn step(b: &[u8], sub: usize) -> Step {
+        Step { step: f16_at(b, 0) * scale_at(b, sub) as f32, min: 0.0 }
+    }
+
+    #[inline(always)]
+    fn set_step(b: &mut [u8], sub: usize, s: Step) {
+        put_scale(b, sub, nearest(s.step * inverse(f16_at(b, 0))) as i32);
+    }
+
+    #[inline(always)]
+    fn pack(q: &[u8], b: &mut [u8]) {
+        for (q, b) in q.chunks_exact(32).zip(b[8..].chunks_exact_mut(16)) {
+            pack_nibbles(as_block(q), b);
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Encoders of the 32-value types that weigh each value's error, for when
-//! importances are known (without them those types reproduce ggml's bytes).
+//! importances are known (without them Q4_0 to Q8_0 reproduce ggml's bytes).
 //! ω is importance · √(σ² + w²), σ² the block's mean square.
 //!
 //! Sixteen blocks ride in lanes, as in `affine`.
@@ -14,7 +14,7 @@ const LEN: usize = 32;
 /// Quants −HALF..HALF, w ≈ d·q: `store(block, d, quants + HALF)`.
 #[inline(always)]
 pub fn symmetric<const HALF: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, &[u8; LEN])) {
-    each_sixteen(values, importance, |x, w, block, n| {
+    each_sixteen(values, Some(importance), |x, w, block, n| {
         let d = fit_symmetric::<LEN>(x, w, HALF as f32, HALF as f32 - 1.0);
         for l in 0..n {
             let d = round_to_f16(d[l]);
@@ -31,7 +31,7 @@ pub fn symmetric<const HALF: i32>(values: &[f32], importance: &[f32], mut store:
 /// Quants 0..=TOP, w ≈ d·q + m: `store(block, d, m, quants)`.
 #[inline(always)]
 pub fn with_min<const TOP: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, f32, &[u8; LEN])) {
-    each_sixteen(values, importance, |x, w, block, n| {
+    each_sixteen(values, Some(importance), |x, w, block, n| {
         let mut total = [0.0; LANES];
         for w in w.iter() {
             for l in 0..LANES {
@@ -52,8 +52,9 @@ pub fn with_min<const TOP: i32>(values: &[f32], importance: &[f32], mut store: i
 }
 
 /// Values and weights of sixteen blocks in lanes, the first block's number, and how many there are.
+/// Without importances ω is w².
 #[inline(always)]
-fn each_sixteen(values: &[f32], importance: &[f32], mut f: impl FnMut(&[Lane; LEN], &mut [Lane; LEN], usize, usize)) {
+pub fn each_sixteen(values: &[f32], importance: Option<&[f32]>, mut f: impl FnMut(&[Lane; LEN], &mut [Lane; LEN], usize, usize)) {
     let blocks = values.len() / LEN;
     for first in (0..blocks).step_by(LANES) {
         let n = LANES.min(blocks - first);
@@ -61,11 +62,20 @@ fn each_sixteen(values: &[f32], importance: &[f32], mut f: impl FnMut(&[Lane; LE
         let mut w = [[0.0; LANES]; LEN];
         for l in 0..LANES {
             let at = (first + l.min(n - 1)) * LEN;
-            let (v, h) = (&values[at..at + LEN], &importance[at..at + LEN]);
-            let sigma2 = v.iter().map(|v| v * v).sum::<f32>() / LEN as f32;
+            let v = &values[at..at + LEN];
             for j in 0..LEN {
                 x[j][l] = v[j];
-                w[j][l] = h[j] * (sigma2 + v[j] * v[j]).sqrt();
+            }
+            if let Some(importance) = importance {
+                let h = &importance[at..at + LEN];
+                let sigma2 = v.iter().map(|v| v * v).sum::<f32>() / LEN as f32;
+                for j in 0..LEN {
+                    w[j][l] = h[j] * (sigma2 + v[j] * v[j]).sqrt();
+                }
+            } else {
+                for j in 0..LEN {
+                    w[j][l] = v[j] * v[j];
+                }
             }
         }
         f(&x, &mut w, first, n);

@@ -17,7 +17,7 @@
 //! multiply-add rounds once (all but the scalar row).
 
 use gguf::blocks::rounding::{MAGIC, inverse, nearest, round_to_f16};
-use gguf::blocks::{Grid, Scales, Step};
+use gguf::blocks::{Grid, Scales, Step, iq4_nl};
 use kernels::isa::{Isa, Op};
 
 /// Columns of a block.
@@ -97,10 +97,45 @@ impl Factors {
         (0..self.n).map(|i| self.h.at(i, i))
     }
 
+    /// Σ eᵀ H e of rows of errors in the block's columns.
+    pub fn cost<'a>(&self, errors: impl Iterator<Item = &'a [f32]>) -> f64 {
+        let (mut total, mut lanes) = (0.0, vec![[0.0f32; ROWS]; self.n]);
+        let mut errors = errors.peekable();
+        while errors.peek().is_some() {
+            lanes.fill([0.0; ROWS]);
+            for (r, row) in errors.by_ref().take(ROWS).enumerate() {
+                lanes.iter_mut().zip(row).for_each(|(lanes, e)| lanes[r] = *e);
+            }
+            total += kernels::isa::run(Cost { h: &self.h, errors: &lanes });
+        }
+        total
+    }
+
     /// Σ of row `row` over columns `first..first + len`.
     #[inline(always)]
     fn ones(&self, row: usize, first: usize, len: usize) -> f32 {
         self.ones[row * (self.n / MIN_SUB) + first / MIN_SUB..][..len / MIN_SUB].iter().sum()
+    }
+}
+
+struct Cost<'a> {
+    h: &'a Panels,
+    errors: &'a [Lane],
+}
+
+impl Op for Cost<'_> {
+    type Out = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> f64 {
+        let mut total = 0.0;
+        for first in (0..self.errors.len()).step_by(PANEL) {
+            let g = pull(isa, self.h.of(first), self.errors);
+            for (g, e) in g.into_iter().zip(&self.errors[first..]) {
+                total += f64::from(isa.sum(isa.mul(g, isa.load_float(e))));
+            }
+        }
+        total
     }
 }
 
@@ -134,17 +169,15 @@ impl Op for Decompose<'_> {
     }
 }
 
-/// Encodes ROWS rows of one block: `values` row after row (n each), `out` their
-/// bytes row after row; adds Σ (w − v)ᵀ H (w − v) of the rows to `error`, where wanted.
-pub fn encode<B: Grid>(factors: &Factors, values: &[f32], out: &mut [u8], error: Option<&mut f64>) {
-    kernels::isa::run(Encode::<B> { factors, values, out, error, block: std::marker::PhantomData });
+/// Encodes ROWS rows of one block: `values` row after row (n each), `out` their bytes row after row.
+pub fn encode<B: Grid>(factors: &Factors, values: &[f32], out: &mut [u8]) {
+    kernels::isa::run(Encode::<B> { factors, values, out, block: std::marker::PhantomData });
 }
 
 struct Encode<'a, B> {
     factors: &'a Factors,
     values: &'a [f32],
     out: &'a mut [u8],
-    error: Option<&'a mut f64>,
     block: std::marker::PhantomData<B>,
 }
 
@@ -164,9 +197,6 @@ impl<B: Grid> Op for Encode<'_, B> {
             }
         }
         s.store(self.out);
-        if let Some(error) = self.error {
-            *error += s.error(isa, f);
-        }
     }
 }
 
@@ -175,7 +205,8 @@ struct State<B> {
     /// Weights, and their errors w − v; a lane a row.
     w: Vec<Lane>,
     e: Vec<Lane>,
-    q: Vec<Lane>,
+    /// What the step is multiplied with.
+    level: Vec<Lane>,
     /// Of each sub-block.
     step: Vec<Lane>,
     min: Vec<Lane>,
@@ -197,7 +228,7 @@ impl<B: Grid> State<B> {
             n,
             w: vec![[0.0; ROWS]; n],
             e: vec![[0.0; ROWS]; n],
-            q: vec![[0.0; ROWS]; n],
+            level: vec![[0.0; ROWS]; n],
             step: vec![[0.0; ROWS]; n / B::SUB],
             min: vec![[0.0; ROWS]; n / B::SUB],
             inverse: vec![[0.0; ROWS]; n / B::SUB],
@@ -234,9 +265,9 @@ impl<B: Grid> State<B> {
                 let b = &mut blocks[Self::at(r, sub, n)..][..B::BYTES];
                 B::set_step(b, sub % subs::<B>(), Step { step: self.step[sub][r], min: self.min[sub][r] });
             }
-            for (k, q_of_block) in self.q.chunks_exact(B::LEN).enumerate() {
-                for (q, lanes) in q.iter_mut().zip(q_of_block) {
-                    *q = lanes[r] as u8;
+            for (k, levels) in self.level.chunks_exact(B::LEN).enumerate() {
+                for (q, lanes) in q.iter_mut().zip(levels) {
+                    *q = if B::CODEBOOK { iq4_nl::index(lanes[r]) } else { (lanes[r] - B::OFFSET as f32) as u8 };
                 }
                 B::pack(&q, &mut blocks[(r * (n / B::LEN) + k) * B::BYTES..][..B::BYTES]);
             }
@@ -274,10 +305,19 @@ impl<B: Grid> State<B> {
         let (one, minus) = (isa.splat(1.0), isa.splat(-1.0));
         let (step, min) = (isa.load_float(&self.step[sub]), isa.load_float(&self.min[sub]));
         let above_min = isa.mul_add(min, minus, wanted);
-        let sum = isa.mul_add(above_min, isa.load_float(&self.inverse[sub]), isa.splat(MAGIC));
-        let level = isa.mul_add(sum, one, isa.splat(-MAGIC));
-        let level = isa.clamp(level, B::OFFSET as f32, B::OFFSET as f32 + B::TOP as f32);
-        isa.store_float(isa.mul_add(level, one, isa.splat(-B::OFFSET as f32)), &mut self.q[column]);
+        let inverse = isa.load_float(&self.inverse[sub]);
+        let level = if B::CODEBOOK {
+            let mut lanes = [0.0; ROWS];
+            isa.store_float(isa.mul(above_min, inverse), &mut lanes);
+            for l in 0..ROWS {
+                lanes[l] = iq4_nl::nearest_level(lanes[l]);
+            }
+            isa.load_float(&lanes)
+        } else {
+            let sum = isa.mul_add(above_min, inverse, isa.splat(MAGIC));
+            isa.clamp(isa.mul_add(sum, one, isa.splat(-MAGIC)), B::OFFSET as f32, B::OFFSET as f32 + B::TOP as f32)
+        };
+        isa.store_float(level, &mut self.level[column]);
         isa.mul_add(self.value(isa, level, step, min), minus, w)
     }
 
@@ -311,9 +351,7 @@ impl<B: Grid> State<B> {
         let first = sub * B::SUB;
         let mut level = [[0.0f32; ROWS]; MAX_SUB];
         let level = &mut level[..B::SUB];
-        for (level, q) in level.iter_mut().zip(&self.q[first..]) {
-            isa.store_float(isa.mul_add(isa.load_float(q), isa.splat(1.0), isa.splat(B::OFFSET as f32)), level);
-        }
+        level.copy_from_slice(&self.level[first..first + B::SUB]);
         let sums = ScaleSums::new(isa, f, first, level, g);
         let (mut step, mut min) = (self.step[sub], self.min[sub]);
         sums.best::<B>(&self.units[sub], &mut step, &mut min);
@@ -356,18 +394,6 @@ impl<B: Grid> State<B> {
                 isa.store_float(isa.mul_add(change, isa.splat(h[p]), isa.load_float(g)), g);
             }
         }
-    }
-
-    #[inline(always)]
-    fn error<I: Isa>(&self, isa: I, f: &Factors) -> f64 {
-        let mut total = 0.0;
-        for first in (0..self.n).step_by(PANEL) {
-            let g = pull(isa, f.h.of(first), &self.e);
-            for (g, e) in g.into_iter().zip(&self.e[first..]) {
-                total += f64::from(isa.sum(isa.mul(g, isa.load_float(e))));
-            }
-        }
-        total
     }
 }
 

@@ -3,10 +3,13 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
+use quant::encode::{Calibration, Method};
 use quant::statistics::{Collector, MIN_TOKENS, Statistics};
-use runtime::Model;
+use runtime::blame::Blame;
 use runtime::layerwise::Layerwise;
 use runtime::tokenizer::{EncodeOptions, Tokenizer};
+use runtime::{Model, Weight};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -34,6 +37,9 @@ pub struct Args {
     /// Read only the first N tokens [default: all]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     tokens: usize,
+    /// Also measure, on the first N tokens, what an error in each tensor costs, for `grist quantize --target-*`: every tensor alone through the layers above it
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
+    sensitivity: usize,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// Bound on working memory; the mapped model and the temporary file do not count
@@ -50,7 +56,11 @@ pub fn run(a: Args) -> Result<()> {
     let model = Model::open(&path)?;
     let tokens = windows(&model, &text, &a)?;
     let h = model.hparams();
-    let needed = Layerwise::memory_bytes(h, a.ctx) + Collector::bytes(h);
+    if a.sensitivity > 0 && a.sensitivity < a.ctx {
+        bail!("--sensitivity {} is less than a window; give at least --ctx, {} tokens", a.sensitivity, a.ctx);
+    }
+    let sensitivity = if a.sensitivity > 0 { Blame::memory_bytes(h, a.sensitivity, a.ctx) } else { 0 };
+    let needed = (Layerwise::memory_bytes(h, a.ctx) + Collector::bytes(h)).max(sensitivity);
     if needed > a.max_memory {
         bail!(
             "calibration needs {} of memory, --max-memory allows {}; allow more, or a smaller --ctx",
@@ -78,6 +88,9 @@ pub fn run(a: Args) -> Result<()> {
     layers.run(&pool, &observer, || bar.inc(1), |c: &mut Collector| c.write().map_err(anyhow::Error::from))?;
     observer.into_inner().unwrap_or_else(|e| e.into_inner()).finish()?;
     bar.finish_and_clear();
+    if a.sensitivity > 0 {
+        measure_sensitivity(&pool, &model, &tokens[..a.sensitivity.min(tokens.len())], &a)?;
+    }
 
     let seconds = begun.elapsed().as_secs_f64();
     let rare = rare_experts(&a.output, &model)?;
@@ -117,6 +130,34 @@ fn windows(model: &Model, text: &str, a: &Args) -> Result<Vec<u32>> {
         tokens.chunks_mut(a.ctx).for_each(|window| window[0] = bos);
     }
     Ok(tokens)
+}
+
+/// What a unit of each tensor's error is worth, by replacing each alone with its 4-bit form; into the complete STATS.
+fn measure_sensitivity(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<()> {
+    /// Matrices of a layer; of experts, stacks.
+    const OF_A_LAYER: usize = 7;
+    let calibration = Calibration { statistics: Statistics::open(&a.output)?, method: Method::Hessian };
+    let mut blame = Blame::new(pool, model, tokens, a.ctx)?;
+    let bar = common::step_bar(blame.n_passes(OF_A_LAYER), "layer");
+    let mut errors: HashMap<String, f64> = HashMap::new();
+    let stand_in = |w: &Weight| -> Result<Option<Weight>> {
+        let (tensor, part) = w.tensor();
+        let info = model.file().tensor(tensor)?.info;
+        let read = |row: usize, out: &mut [f32]| {
+            let n = out.len() / w.plan().cols();
+            w.decode(&w.bytes()[row * w.row_bytes()..(row + n) * w.row_bytes()], out);
+        };
+        let (block, bytes, error) = quant::budget::probe(info, part, &calibration, read)?;
+        *errors.entry(tensor.to_owned()).or_default() += error;
+        Ok(Some(w.with_bytes(block, bytes)?))
+    };
+    let costs = blame.run(pool, stand_in, |n| bar.inc(n))?;
+    bar.finish_and_clear();
+    let worth = costs.into_iter().filter_map(|c| {
+        let error = errors.get(&c.tensor).copied().filter(|e| *e > 0.0)?;
+        Some((c.tensor, c.divergence / error))
+    });
+    Ok(Statistics::set_sensitivities(&a.output, &worth.collect())?)
 }
 
 /// A line for each tensor some of whose experts saw too little.

@@ -3,6 +3,8 @@
 use crate::common;
 use anyhow::Result;
 use kernels::Pool;
+use runtime::Model;
+use runtime::blame::{Blame, Cost};
 use runtime::perplexity::{self, Options};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -26,6 +28,9 @@ pub struct Args {
     /// Model to measure the divergence from, usually the same in F16
     #[arg(long)]
     reference: Option<PathBuf>,
+    /// Also what each tensor of MODEL costs alone, put into the reference: over the first N windows
+    #[arg(long, value_name = "N", requires = "reference", num_args = 0..=1, default_missing_value = "4")]
+    blame: Option<usize>,
     /// KV cache type of the model: f16, q8_0 or q4_0; the reference keeps f16
     #[arg(long, default_value = "f16")]
     kv: String,
@@ -52,7 +57,15 @@ pub fn run(a: Args) -> Result<()> {
     if terminal {
         eprintln!();
     }
+    let blame = match (&reference, a.blame) {
+        (Some(reference), Some(windows)) => blame(&pool, &model, reference, &text, windows, a.ctx)?,
+        _ => vec![],
+    };
     if a.json {
+        let blame: Vec<_> = blame
+            .iter()
+            .map(|b| serde_json::json!({"tensor": b.cost.tensor, "type": b.type_name, "bytes": b.bytes, "divergence": b.cost.divergence}))
+            .collect();
         let divergence = r.divergence.as_ref().map(|d| {
             serde_json::json!({
                 "reference_perplexity": d.reference_perplexity, "mean": d.mean, "standard_error": d.standard_error, "median": d.median,
@@ -60,7 +73,7 @@ pub fn run(a: Args) -> Result<()> {
             })
         });
         return common::print_json(&serde_json::json!({
-            "perplexity": r.perplexity, "perplexity_error": r.perplexity_error, "windows": r.windows, "scored": r.scored, "kl_divergence": divergence,
+            "perplexity": r.perplexity, "perplexity_error": r.perplexity_error, "windows": r.windows, "scored": r.scored, "kl_divergence": divergence, "blame": blame,
         }));
     }
     let mut out =
@@ -77,5 +90,36 @@ pub fn run(a: Args) -> Result<()> {
             d.rms_probability_change * 100.0
         );
     }
+    if !blame.is_empty() {
+        let total: f64 = blame.iter().map(|b| b.cost.divergence).sum();
+        out += &format!("\n{:<34} {:<8} {:>14} {:>14} {:>8}\n", "tensor alone", "type", "bytes", "KL divergence", "share");
+        for b in &blame {
+            let share = 100.0 * b.cost.divergence / total;
+            out += &format!("{:<34} {:<8} {:>14} {:>14.7} {share:>6.2} %\n", b.cost.tensor, b.type_name, b.bytes, b.cost.divergence);
+        }
+        out += &format!("{:<34} {:<8} {:>14} {total:>14.7}\n", "sum", "", "");
+    }
     common::say(&out)
+}
+
+struct Blamed {
+    cost: Cost,
+    type_name: &'static str,
+    bytes: u64,
+}
+
+/// What each tensor of `model` costs alone, the dearest first.
+fn blame(pool: &Pool, model: &Model, reference: &Model, text: &str, windows: usize, ctx: usize) -> Result<Vec<Blamed>> {
+    let tokens = perplexity::windows(reference, text, ctx, windows)?;
+    let mut blame = Blame::new(pool, reference, &tokens.concat(), ctx)?;
+    let bar = common::step_bar(blame.n_passes(7), "layer");
+    let costs = blame.run(pool, |w| Ok::<_, anyhow::Error>(model.weight(w.tensor().0, w.tensor().1).cloned()), |n| bar.inc(n))?;
+    bar.finish_and_clear();
+    let describe = |cost: Cost| {
+        let info = model.file().get(&cost.tensor)?.info;
+        Some(Blamed { type_name: info.block().name, bytes: info.n_bytes(), cost })
+    };
+    let mut out: Vec<Blamed> = costs.into_iter().filter_map(describe).collect();
+    out.sort_by(|a, b| b.cost.divergence.total_cmp(&a.cost.divergence));
+    Ok(out)
 }
