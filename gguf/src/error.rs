@@ -72,6 +72,8 @@ pub enum Error {
     WrongLength { tensor: String, expected: u64, got: u64 },
     #[error("the disk is full: {target} needs {needed} bytes; free some space and run again (nothing was left behind)")]
     DiskFull { target: PathBuf, needed: u64 },
+    #[error("an edit of {path} was interrupted; `grist edit` on it takes back the old header")]
+    Interrupted { path: PathBuf },
     #[error("{target} exists and is a directory; name a file")]
     TargetIsDirectory { target: PathBuf },
 }

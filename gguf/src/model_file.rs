@@ -1,5 +1,6 @@
 //! A model on disk: one GGUF file or all shards of a split one, mapped.
 
+use crate::edit;
 use crate::error::{Error, Result};
 use crate::header::Header;
 use crate::limits;
@@ -129,6 +130,9 @@ impl ModelFile {
 }
 
 fn open_shard(path: &Path) -> Result<(Mapping, Header)> {
+    if edit::was_interrupted(path) {
+        return Err(Error::Interrupted { path: path.to_owned() });
+    }
     let mapping = Mapping::open(path)?;
     let header = Header::parse(mapping.bytes(), mapping.bytes().len() as u64).map_err(|e| e.in_file(path))?;
     Ok((mapping, header))

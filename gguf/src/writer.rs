@@ -66,7 +66,7 @@ impl Layout {
     }
 }
 
-fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[TensorInfo]) -> std::io::Result<()> {
+pub(crate) fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[TensorInfo]) -> std::io::Result<()> {
     out.write_all(b"GGUF")?;
     out.write_u32::<LittleEndian>(3)?;
     out.write_u64::<LittleEndian>(tensors.len() as u64)?;
@@ -87,42 +87,81 @@ fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[TensorInfo]) 
     Ok(())
 }
 
-/// Takes the data of a layout's tensors in order and makes the file appear whole.
-pub struct Writer {
-    layout: Layout,
+/// A file that bears its name only once it is whole and synced.
+pub(crate) struct PartFile {
     out: BufWriter<File>,
     part: PathBuf,
     target: PathBuf,
+    /// What the whole file takes, for messages.
+    needed: u64,
+    finished: bool,
+}
+
+impl PartFile {
+    pub fn create(target: &Path, needed: u64) -> Result<PartFile> {
+        let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if target.is_dir() || name.is_empty() {
+            return Err(Error::TargetIsDirectory { target: target.to_owned() });
+        }
+        let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
+        let file = File::create(&part).map_err(|source| Error::Io { action: "create", path: part.clone(), source })?;
+        Ok(PartFile { out: BufWriter::with_capacity(1 << 20, file), part, target: target.to_owned(), needed, finished: false })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|e| self.io("write", e))
+    }
+
+    /// Flushes, syncs, renames, and syncs the folder.
+    pub fn finish(mut self) -> Result<()> {
+        self.out.flush().map_err(|e| self.io("write", e))?;
+        self.out.get_ref().sync_all().map_err(|e| self.io("sync", e))?;
+        std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
+        self.finished = true;
+        sync_folder(&self.target);
+        Ok(())
+    }
+
+    fn io(&self, action: &'static str, source: std::io::Error) -> Error {
+        if source.kind() == std::io::ErrorKind::StorageFull {
+            return Error::DiskFull { target: self.target.clone(), needed: self.needed };
+        }
+        Error::Io { action, path: self.part.clone(), source }
+    }
+}
+
+impl Drop for PartFile {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = std::fs::remove_file(&self.part);
+        }
+    }
+}
+
+/// A rename or removal in a file's folder must survive a power cut too; not every file system can sync a folder.
+pub(crate) fn sync_folder(file: &Path) {
+    if let Some(folder) = file.parent() {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        if let Ok(f) = File::open(folder) {
+            let _ = f.sync_all();
+        }
+    }
+}
+
+/// Takes the data of a layout's tensors in order and makes the file appear whole.
+pub struct Writer {
+    layout: Layout,
+    out: PartFile,
     current: usize,
     written: u64,
-    finished: bool,
 }
 
 impl Writer {
     /// Creates the temporary beside `target` and writes the header.
-    pub fn create(target: &Path, layout: Layout) -> Result<Writer> {
-        if target.is_dir() {
-            return Err(Error::TargetIsDirectory { target: target.to_owned() });
-        }
-        let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        if name.is_empty() {
-            return Err(Error::TargetIsDirectory { target: target.to_owned() });
-        }
-        let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
-        let io = |source| Error::Io { action: "create", path: part.clone(), source };
-        let file = File::create(&part).map_err(io)?;
-        let mut writer = Writer {
-            out: BufWriter::with_capacity(1 << 20, file),
-            layout,
-            part,
-            target: target.to_owned(),
-            current: 0,
-            written: 0,
-            finished: false,
-        };
-        let header = std::mem::take(&mut writer.layout.header);
-        writer.put(&header)?;
-        Ok(writer)
+    pub fn create(target: &Path, mut layout: Layout) -> Result<Writer> {
+        let mut out = PartFile::create(target, layout.file_bytes)?;
+        out.write(&std::mem::take(&mut layout.header))?;
+        Ok(Writer { layout, out, current: 0, written: 0 })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -138,52 +177,22 @@ impl Writer {
         if after > n_bytes {
             return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: n_bytes, got: after });
         }
-        self.put(bytes)?;
+        self.out.write(bytes)?;
         self.written = after;
         if after == n_bytes {
             let padding = n_bytes.next_multiple_of(self.layout.alignment) - n_bytes;
-            self.put(&vec![0u8; padding as usize])?;
+            self.out.write(&vec![0u8; padding as usize])?;
             self.current += 1;
             self.written = 0;
         }
         Ok(())
     }
 
-    /// Flushes, syncs, renames, and syncs the folder. Errors if a tensor is missing.
-    pub fn finish(mut self) -> Result<()> {
+    /// Completes the file. Errors if a tensor is missing.
+    pub fn finish(self) -> Result<()> {
         if let Some(t) = self.layout.tensors.get(self.current) {
             return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: self.written });
         }
-        self.out.flush().map_err(|e| self.io("write", e))?;
-        self.out.get_ref().sync_all().map_err(|e| self.io("sync", e))?;
-        std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
-        self.finished = true;
-        // The rename itself must survive a power cut too; not every file system can sync a folder.
-        if let Some(folder) = self.target.parent() {
-            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-            if let Ok(f) = File::open(folder) {
-                let _ = f.sync_all();
-            }
-        }
-        Ok(())
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|e| self.io("write", e))
-    }
-
-    fn io(&self, action: &'static str, source: std::io::Error) -> Error {
-        if source.kind() == std::io::ErrorKind::StorageFull {
-            return Error::DiskFull { target: self.target.clone(), needed: self.layout.file_bytes };
-        }
-        Error::Io { action, path: self.part.clone(), source }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.finished {
-            let _ = std::fs::remove_file(&self.part);
-        }
+        self.out.finish()
     }
 }

@@ -16,7 +16,7 @@ use crate::mix::{self, Mix, Override};
 use crate::tokenizer_meta;
 use gguf::arch::{RopeLayout, TensorRule, Transform};
 use gguf::blocks::F32;
-use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, Writer};
+use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, TensorView, Writer};
 use rayon::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
@@ -133,15 +133,7 @@ impl Plan {
                 let parts = names.iter().map(|n| c.rows(n)).collect::<Result<Vec<_>>>()?;
                 Values::Checkpoint { rows_per_part: parts[0].n_rows, parts, head_dim: *head_dim }
             }
-            (_, Source::Gguf(file)) => {
-                let view = file.tensor(info.name())?;
-                let decode = kernels::encode::decoder(view.info.block()).ok_or_else(|| gguf::Error::CannotDecode {
-                    tensor: info.name().to_owned(),
-                    type_name: view.info.block().name,
-                    known: gguf::blocks::decodable_names(),
-                })?;
-                Values::Gguf { bytes: view.bytes, row_bytes: view.info.row_bytes() as usize, decode, block: view.info.block() }
-            }
+            (_, Source::Gguf(file)) => gguf_values(&file.tensor(info.name())?)?,
             (Origin::Gguf, Source::Checkpoint(_)) => unreachable!("origins are made with their source"),
         })
     }
@@ -152,6 +144,17 @@ pub(crate) enum Values<'a> {
     Computed(&'a [f32]),
     Checkpoint { parts: Vec<Rows<'a>>, rows_per_part: usize, head_dim: Option<usize> },
     Gguf { bytes: &'a [u8], row_bytes: usize, decode: gguf::blocks::DecodeFn, block: &'static BlockType },
+}
+
+/// The values of a GGUF's tensor.
+pub(crate) fn gguf_values<'a>(view: &TensorView<'a>) -> Result<Values<'a>> {
+    let block = view.info.block();
+    let decode = kernels::encode::decoder(block).ok_or_else(|| gguf::Error::CannotDecode {
+        tensor: view.info.name().to_owned(),
+        type_name: block.name,
+        known: gguf::blocks::decodable_names(),
+    })?;
+    Ok(Values::Gguf { bytes: view.bytes, row_bytes: view.info.row_bytes() as usize, decode, block })
 }
 
 /// The halves-form row that becomes row `r` in adjacent-pair form: within a

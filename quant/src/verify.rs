@@ -4,7 +4,7 @@
 use crate::convert::{self, ConvertOptions};
 use crate::error::{Error, Result};
 use crate::mix;
-use gguf::{Hparams, ModelFile, TensorView};
+use gguf::{Hparams, Metadata, ModelFile, TensorView, Value};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -72,10 +72,59 @@ pub fn verify(path: &Path, against: Option<&Path>) -> Result<Report> {
         tensors.push(report);
     }
     if let Some(plan) = &source {
+        problems.extend(other_vocabulary(file.metadata(), plan.layout().metadata()));
         let missing = plan.layout().tensors().iter().filter(|t| file.get(t.name()).is_none());
         problems.extend(missing.map(|t| format!("tensor '{}' of the source is missing from the file", t.name())));
     }
     Ok(Report { tensors, problems })
+}
+
+/// A tensor that two files do not hold alike.
+#[derive(Debug)]
+pub struct Difference {
+    pub tensor: String,
+    /// Type and shape in each file; None where it lacks the tensor.
+    pub left: Option<String>,
+    pub right: Option<String>,
+    /// √(Σ(a−b)²/Σa²), where the shapes agree.
+    pub relative_error: Option<f64>,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let Difference { tensor, left, right, relative_error } = self;
+        match (left, right, relative_error) {
+            (None, Some(right), _) => write!(f, "+ {tensor:<34} {right}"),
+            (Some(left), None, _) => write!(f, "- {tensor:<34} {left}"),
+            (Some(left), Some(right), Some(e)) => write!(f, "~ {tensor:<34} {left} → {right}, {:.4} % RMS apart", e * 100.0),
+            (left, right, _) => write!(f, "~ {tensor:<34} {left:?} → {right:?}"),
+        }
+    }
+}
+
+/// Tensors of `a` and `b` that are not the same bytes of the same type and shape.
+pub fn differences(a: &ModelFile, b: &ModelFile) -> Result<Vec<Difference>> {
+    let describe = |t: &TensorView| format!("{} {:?}", t.info.block().name, t.info.dims());
+    let mut out = Vec::new();
+    for left in a.tensors() {
+        let right = b.get(left.info.name());
+        let same = right
+            .as_ref()
+            .is_some_and(|r| r.info.dims() == left.info.dims() && r.info.block() == left.info.block() && r.bytes == left.bytes);
+        if same {
+            continue;
+        }
+        let comparable = right.as_ref().filter(|r| r.info.dims() == left.info.dims());
+        let relative_error = match comparable {
+            Some(r) => check_tensor(r, Some(&convert::gguf_values(&left)?))?.relative_error,
+            None => None,
+        };
+        let (tensor, left) = (left.info.name().to_owned(), Some(describe(&left)));
+        out.push(Difference { tensor, left, right: right.as_ref().map(describe), relative_error });
+    }
+    let added = b.tensors().filter(|t| a.get(t.info.name()).is_none());
+    out.extend(added.map(|t| Difference { tensor: t.info.name().to_owned(), left: None, right: Some(describe(&t)), relative_error: None }));
+    Ok(out)
 }
 
 /// Every tensor the architecture wants, in its shape.
@@ -95,6 +144,13 @@ fn structure(file: &ModelFile, h: &Hparams) -> Vec<String> {
         }
     }
     problems
+}
+
+/// What a file must have from its source as it is: tokenizer, template, hyper-parameters.
+fn other_vocabulary(file: &Metadata, source: &Metadata) -> Vec<String> {
+    let kept = |key: &str| key.starts_with("tokenizer.") || !key.starts_with("general.") && !key.starts_with("quantize.");
+    let differs = |(key, value): &(&str, &Value)| kept(key) && file.get(key).is_some_and(|found| found != *value);
+    source.iter().filter(differs).map(|(key, _)| format!("key '{key}' is not what the source says")).collect()
 }
 
 fn judge(r: &TensorReport) -> Option<String> {

@@ -41,11 +41,10 @@ pub fn encode(tokenizer: &Tokenizer, request: &ChatRequest) -> Result<Vec<u32>> 
     tokenizer.encode_guarded(&text, options, Some(guard))
 }
 
-/// The text alone, unguarded: for showing.
-pub fn render(template: &str, tokenizer: &Tokenizer, request: &ChatRequest) -> Result<String> {
-    let failed = |e: minijinja::Error| Error::Template { reason: e.to_string().replace('\n', " ") };
+/// What chat templates are written for: transformers' Jinja.
+fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> {
     let mut env = Environment::new();
-    env.set_syntax(minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(failed)?);
+    env.set_syntax(minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_fuel(Some(50_000_000)); // a hostile template ends
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_function("raise_exception", |m: String| -> std::result::Result<Jinja, minijinja::Error> {
@@ -56,6 +55,19 @@ pub fn render(template: &str, tokenizer: &Tokenizer, request: &ChatRequest) -> R
         Ok(Jinja::from_safe_string(python_json(&json)))
     });
     env.add_function("strftime_now", |format: String| strftime_now(&format));
+    Ok(env)
+}
+
+/// An error where a template is not valid Jinja; what it does when rendered is not tried.
+pub fn check(template: &str) -> Result<()> {
+    let failed = |e: minijinja::Error| Error::Template { reason: e.to_string().replace('\n', " ") };
+    environment().and_then(|env| env.template_from_str(template).map(|_| ())).map_err(failed)
+}
+
+/// The text alone, unguarded: for showing.
+pub fn render(template: &str, tokenizer: &Tokenizer, request: &ChatRequest) -> Result<String> {
+    let failed = |e: minijinja::Error| Error::Template { reason: e.to_string().replace('\n', " ") };
+    let mut env = environment().map_err(failed)?;
     env.add_template("chat", template).map_err(failed)?;
     let text_of = |id: Option<u32>| id.and_then(|i| tokenizer.text_of(i)).unwrap_or("");
     let tools = if request.tools.is_empty() { Json::Null } else { Json::Array(request.tools.clone()) };

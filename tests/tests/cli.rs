@@ -1,6 +1,5 @@
 //! The built command, as scripts use it.
 
-use serde_json::Value as Json;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use tests::command::{fails, json, ok, path, run};

@@ -98,3 +98,85 @@ fn blame_adds_up() {
     assert!((said.iter().map(|b| b["divergence"].as_f64().unwrap()).sum::<f64>() / sum - 1.0).abs() < 0.01);
     assert!(said[0]["divergence"].as_f64() > said[1]["divergence"].as_f64());
 }
+
+/// Metadata changes, tensors do not, and the room of the header is used up before the file is written again.
+#[test]
+fn edits_in_place() {
+    let folder = Folder::new("edit");
+    let file = convert(&demo(), "Q4_0", &folder);
+    let original = std::fs::read(&file).unwrap();
+    let data_start = |bytes: &[u8]| gguf::Header::parse(bytes, bytes.len() as u64).unwrap().data_start() as usize;
+    let tensors = |bytes: &[u8]| bytes[data_start(bytes)..].to_vec();
+    let key = |name: &str| json(&["inspect", path(&file), "--json"])["metadata"][name].clone();
+    let edit = |args: &[&str]| json(&[&["edit", path(&file), "--json"], args].concat())["how"].as_str().unwrap().to_owned();
+
+    // Shorter, then as long as it was, then longer than there is room for.
+    assert_eq!(edit(&["--set", "general.name=R"]), "in place");
+    assert_eq!(key("general.name"), "R");
+    assert_eq!(edit(&["--set", "general.name=other", "--dry-run"]), "not written");
+    assert_eq!(key("general.name"), "R");
+    let long = "x".repeat(500);
+    assert!(edit(&["--set", &format!("general.description={long}")]).contains("no room"));
+    assert_eq!(key("general.description"), long.as_str());
+    let rewritten = std::fs::read(&file).unwrap();
+    assert!(tensors(&rewritten) == tensors(&original));
+    // What was written again has room for a template and more.
+    let template = folder.file("t.jinja");
+    std::fs::write(&template, "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
+    assert_eq!(edit(&["--template", path(&template), "--set", "made.up=0.25", "--set", "general.tags=[\"a\",\"b\"]"]), "in place");
+    assert_eq!((key("made.up"), key("general.tags")), (0.25.into(), serde_json::json!(["a", "b"])));
+    assert_eq!(edit(&["--remove", "made.up", "--remove", "general.tags", "--remove", "general.description"]), "in place");
+    let edited = std::fs::read(&file).unwrap();
+    assert_eq!(edited.len(), rewritten.len());
+    assert!(tensors(&edited) == tensors(&original));
+    ok(&["verify", path(&file)]);
+    ok(&["run", path(&file), "-p", "A", "-n", "2"]);
+
+    fails(&["edit", path(&file)], &["nothing to change"]);
+    fails(&["edit", path(&file), "--set", "llama.block_count=0"], &["nothing was changed"]);
+    fails(&["edit", path(&file), "--set", "llama.block_count=many"], &["many", "u32"]);
+    fails(&["edit", path(&file), "--set", "general.alignment=64"], &["general.alignment"]);
+    fails(&["edit", path(&file), "--remove", "no.such.key"], &["no.such.key"]);
+    std::fs::write(&template, "{% for m in messages %}").unwrap();
+    fails(&["edit", path(&file), "--template", path(&template)], &["t.jinja", "template"]);
+    assert!(std::fs::read(&file).unwrap() == edited);
+
+    // A kill in the middle of the header: the file says so, and gets its old header back.
+    let journal = folder.file(".Q4_0.gguf.header");
+    std::fs::write(&journal, &edited[..data_start(&edited)]).unwrap();
+    let mut torn = edited.clone();
+    torn[64..4096].fill(0xee);
+    std::fs::write(&file, &torn).unwrap();
+    fails(&["inspect", path(&file)], &["interrupted", "grist edit"]);
+    ok(&["edit", path(&file), "--set", "general.name=again"]);
+    assert_eq!(key("general.name"), "again");
+    assert!(!journal.exists());
+    // Nor is anything taken from a journal that is not one.
+    std::fs::write(&journal, &edited[..1000]).unwrap();
+    fails(&["edit", path(&file), "--set", "general.name=b"], &[".Q4_0.gguf.header"]);
+}
+
+#[test]
+fn differences_are_found_and_said() {
+    let folder = Folder::new("diff");
+    let (a, b) = (convert(&demo(), "F16", &folder), convert(&demo(), "Q8_0", &folder));
+    assert_eq!(ok(&["diff", path(&a), path(&a)]), "");
+    fails(&["diff", path(&a), path(&b)], &["F16.gguf", "1 keys, 58 tensors"]);
+    let o = tests::command::run(&["diff", path(&a), path(&b), "--json"]);
+    let j: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+    assert_eq!(j["same"], false);
+    assert!(j["metadata"][0].as_str().unwrap().contains("general.file_type 1 → 7"));
+    let t = &j["tensors"][0];
+    assert_eq!(
+        (t["name"].as_str(), t["a"].as_str(), t["b"].as_str()),
+        (Some("token_embd.weight"), Some("F16 [256, 4096]"), Some("Q8_0 [256, 4096]"))
+    );
+    assert!((0.001..0.01).contains(&t["relative_error"].as_f64().unwrap()));
+    // A template that is no Jinja, and one that is another than the source's.
+    std::fs::copy(&a, folder.file("c.gguf")).unwrap();
+    ok(&["verify", path(&a), "--against", path(&demo())]);
+    ok(&["edit", path(&folder.file("c.gguf")), "--set", "tokenizer.chat_template:str={% if %}"]);
+    fails(&["verify", path(&folder.file("c.gguf"))], &["template"]);
+    ok(&["edit", path(&folder.file("c.gguf")), "--remove", "tokenizer.chat_template", "--set", "llama.rope.freq_base=20000"]);
+    fails(&["verify", path(&folder.file("c.gguf")), "--against", path(&demo())], &["llama.rope.freq_base", "source"]);
+}

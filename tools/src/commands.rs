@@ -4,6 +4,8 @@ pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod detokenize;
+pub mod diff;
+pub mod edit;
 pub mod inspect;
 pub mod logits;
 pub mod perplexity;

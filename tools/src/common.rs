@@ -2,9 +2,11 @@
 //! cache first), parsing sizes, progress bars, writing results.
 
 use anyhow::{Context, Result, bail};
+use gguf::{Array, Metadata, Value};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quant::convert::Progress;
 use runtime::{KvType, Model};
+use serde_json::{Value as Json, json};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -233,6 +235,64 @@ pub fn read_text(path: &Path) -> Result<String> {
 
 fn utf8(bytes: Vec<u8>, what: &str) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| anyhow::anyhow!("{what} is not UTF-8 at byte {}; convert it first", e.utf8_error().valid_up_to()))
+}
+
+/// A line for each key that differs.
+pub fn metadata_changes(before: &Metadata, after: &Metadata) -> Vec<String> {
+    /// Longest value shown whole.
+    const LONGEST: usize = 80;
+    let show = |v: &Value| {
+        let text = value_json(v).to_string();
+        let cut: String = text.chars().take(LONGEST).collect();
+        if cut.len() < text.len() { format!("{cut}…") } else { cut }
+    };
+    let mut lines = Vec::new();
+    for (key, old) in before.iter() {
+        match after.get(key) {
+            None => lines.push(format!("- {key} {}", show(old))),
+            Some(new) if new == old => {}
+            Some(new) if show(new) == show(old) => lines.push(format!("~ {key} differs beyond what is shown: {}", show(new))),
+            Some(new) => lines.push(format!("~ {key} {} → {}", show(old), show(new))),
+        }
+    }
+    lines.extend(after.iter().filter(|(key, _)| before.get(key).is_none()).map(|(key, new)| format!("+ {key} {}", show(new))));
+    lines
+}
+
+/// Longest array shown whole.
+const SHOWN: usize = 8;
+
+fn element(a: &Array, i: usize) -> Json {
+    match a {
+        Array::String(v) => json!(v[i]),
+        Array::F32(v) => json!(v[i]),
+        Array::F64(v) => json!(v[i]),
+        Array::Bool(v) => json!(v[i]),
+        Array::I32(v) => json!(v[i]),
+        Array::I64(v) => json!(v[i]),
+        Array::I16(v) => json!(v[i]),
+        Array::I8(v) => json!(v[i]),
+        Array::Array(_) => json!("array"),
+        other => json!(other.get_u64(i)),
+    }
+}
+
+/// A metadata value as JSON, long arrays shortened.
+pub fn value_json(v: &Value) -> Json {
+    match v {
+        Value::String(s) => json!(s),
+        Value::Bool(b) => json!(b),
+        Value::Array(a) if a.len() <= SHOWN => (0..a.len()).map(|i| element(a, i)).collect(),
+        Value::Array(a) => json!({"length": a.len(), "first": (0..SHOWN).map(|i| element(a, i)).collect::<Vec<_>>()}),
+        Value::I8(_) | Value::I16(_) | Value::I32(_) | Value::I64(_) => match v {
+            Value::I8(x) => json!(x),
+            Value::I16(x) => json!(x),
+            Value::I32(x) => json!(x),
+            Value::I64(x) => json!(x),
+            _ => Json::Null,
+        },
+        v => v.as_u64().map(|x| json!(x)).or_else(|| v.as_f64().map(|x| json!(x))).unwrap_or(Json::Null),
+    }
 }
 
 #[cfg(test)]

@@ -69,6 +69,10 @@ subcommands! {
     Synth => synth,
     /// Check a file's structure, values and scales; against its source, the error of each tensor
     Verify => verify,
+    /// Compare two files: metadata, tokenizer, each tensor's type and values
+    Diff => diff,
+    /// Change a file's metadata in place
+    Edit => edit,
 }
 
 fn main() -> ExitCode {

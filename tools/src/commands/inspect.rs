@@ -2,7 +2,7 @@
 
 use crate::common;
 use anyhow::{Result, bail};
-use gguf::{Array, ModelFile, Value};
+use gguf::ModelFile;
 use serde_json::{Value as Json, json};
 use std::path::PathBuf;
 
@@ -19,8 +19,7 @@ pub struct Args {
     tensors: bool,
 }
 
-/// Longest array or string shown whole.
-const SHOWN: usize = 8;
+/// Longest text shown whole.
 const SHOWN_TEXT: usize = 120;
 
 pub fn run(a: Args) -> Result<()> {
@@ -29,38 +28,6 @@ pub fn run(a: Args) -> Result<()> {
     }
     let file = ModelFile::open(&a.model)?;
     if a.json { common::print_json(&to_json(&file, a.tensors)) } else { print(&file, a.tensors) }
-}
-
-fn element(a: &Array, i: usize) -> Json {
-    match a {
-        Array::String(v) => json!(v[i]),
-        Array::F32(v) => json!(v[i]),
-        Array::F64(v) => json!(v[i]),
-        Array::Bool(v) => json!(v[i]),
-        Array::I32(v) => json!(v[i]),
-        Array::I64(v) => json!(v[i]),
-        Array::I16(v) => json!(v[i]),
-        Array::I8(v) => json!(v[i]),
-        Array::Array(_) => json!("array"),
-        other => json!(other.get_u64(i)),
-    }
-}
-
-fn value_json(v: &Value) -> Json {
-    match v {
-        Value::String(s) => json!(s),
-        Value::Bool(b) => json!(b),
-        Value::Array(a) if a.len() <= SHOWN => (0..a.len()).map(|i| element(a, i)).collect(),
-        Value::Array(a) => json!({"length": a.len(), "first": (0..SHOWN).map(|i| element(a, i)).collect::<Vec<_>>()}),
-        Value::I8(_) | Value::I16(_) | Value::I32(_) | Value::I64(_) => match v {
-            Value::I8(x) => json!(x),
-            Value::I16(x) => json!(x),
-            Value::I32(x) => json!(x),
-            Value::I64(x) => json!(x),
-            _ => Json::Null,
-        },
-        v => v.as_u64().map(|x| json!(x)).or_else(|| v.as_f64().map(|x| json!(x))).unwrap_or(Json::Null),
-    }
 }
 
 fn totals(file: &ModelFile) -> (u64, u64) {
@@ -72,7 +39,7 @@ fn kernel_name(t: &gguf::TensorView) -> Option<String> {
 }
 
 fn to_json(file: &ModelFile, tensors: bool) -> Json {
-    let metadata: serde_json::Map<String, Json> = file.metadata().iter().map(|(k, v)| (k.to_owned(), value_json(v))).collect();
+    let metadata: serde_json::Map<String, Json> = file.metadata().iter().map(|(k, v)| (k.to_owned(), common::value_json(v))).collect();
     let (weights, bytes) = totals(file);
     let mut j = json!({
         "file_bytes": file.file_bytes(), "version": file.version(), "shards": file.n_shards(), "n_tensors": file.n_tensors(),
@@ -100,7 +67,7 @@ fn print(file: &ModelFile, tensors: bool) -> Result<()> {
         bytes as f64 * 8.0 / weights.max(1) as f64
     );
     for (k, v) in file.metadata().iter() {
-        let text = value_json(v).to_string();
+        let text = common::value_json(v).to_string();
         let cut: String = text.chars().take(SHOWN_TEXT).collect();
         let more = if cut.len() < text.len() { "…" } else { "" };
         out += &format!("{k:<48} {cut}{more}\n");

@@ -2,7 +2,8 @@
 
 use crate::common;
 use anyhow::Result;
-use std::path::PathBuf;
+use runtime::tokenizer::{EncodeOptions, Tokenizer};
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  grist verify model.gguf\n  grist verify model-Q4_K_M.gguf --against mistral-7b/")]
@@ -18,7 +19,8 @@ pub struct Args {
 }
 
 pub fn run(a: Args) -> Result<()> {
-    let r = quant::verify::verify(&a.file, a.against.as_deref())?;
+    let mut r = quant::verify::verify(&a.file, a.against.as_deref())?;
+    r.problems.extend(speech(&a.file)?);
     if a.json {
         let tensors: Vec<_> = r
             .tensors
@@ -42,4 +44,28 @@ pub fn run(a: Args) -> Result<()> {
         common::say(&out)?;
     }
     Ok(r.verdict(&a.file)?)
+}
+
+/// What is wrong with the tokenizer and the chat template.
+fn speech(file: &Path) -> Result<Vec<String>> {
+    let file = gguf::ModelFile::open(file)?;
+    let tokenizer = match Tokenizer::from_metadata(file.metadata()) {
+        Ok(t) => t,
+        Err(e) => return Ok(vec![e.to_string()]),
+    };
+    let mut problems = Vec::new();
+    const SAMPLE: &str = "Grüße, 世界! def f(x):\n\treturn x**2 ≥ 10 🙂";
+    match tokenizer.encode(SAMPLE, EncodeOptions::PROMPT) {
+        Ok(ids) => {
+            let text = tokenizer.decode(&ids, false);
+            if !String::from_utf8_lossy(&text).ends_with(SAMPLE) {
+                problems.push("the tokenizer does not give back a text that it took apart".to_owned());
+            }
+        }
+        Err(e) => problems.push(e.to_string()),
+    }
+    if let Some(Err(e)) = tokenizer.chat_template.as_deref().map(runtime::chat_template::check) {
+        problems.push(e.to_string());
+    }
+    Ok(problems)
 }
