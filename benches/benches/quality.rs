@@ -125,7 +125,7 @@ mod with_ggml {
 
         let methods: Vec<String> = argument("--methods", "search,imatrix,hessian").split(',').map(str::to_owned).collect();
         let mut csv = String::from("type,quantizer,bytes,kld_heldout,kld_other,ratio_heldout,ratio_other\n");
-        for kind in argument("--types", "Q4_K_M,Q5_K_M,Q4_0,Q4_K_S,Q4_K_S+F16,Q6_K,Q8_0").split(',') {
+        for kind in argument("--types", "Q4_K_M,Q5_K_M,Q4_0,Q4_K_S,Q4_K_S+F16,Q6_K,Q8_0,Q4_1,Q5_0,Q5_1,Q5_K_S,IQ4_NL,IQ4_XS").split(',') {
             let (name, edges) = kind.split_once('+').map_or((kind, false), |(n, _)| (n, true));
             let mix = quant::mix::by_name(name).expect("type");
             let mut base = None;
@@ -155,6 +155,14 @@ mod with_ggml {
                 quant::convert(&plan, &ours, 2, &Silent).expect("convert");
                 report(&format!("gristmill {}", method.name()), &ours);
             }
+        }
+        // Files made apart, such as those of `grist quantize --target-size`.
+        for file in argument("--files", "").split(',').filter(|f| !f.is_empty()).map(Path::new) {
+            let kld: Vec<f64> = texts.iter().zip(&references).map(|((_, t), r)| divergence(r, file, t)).collect();
+            let name = file.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let line = format!("{name},given,{},{:.6},{:.6},,", std::fs::metadata(file).expect("file").len(), kld[0], kld[1]);
+            println!("{line}");
+            let _ = writeln!(csv, "{line}");
         }
         std::fs::write(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/runs/quality.csv")), csv).expect("written");
     }

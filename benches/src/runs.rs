@@ -1,6 +1,7 @@
 //! Results kept in `benches/runs/`: one CSV a bench and machine, a row a
 //! measurement, the machine named in its first line. README's table is made from them.
 
+use kernels::ceiling::cpu_name;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -17,28 +18,16 @@ pub fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("runs")
 }
 
-/// The processor's name, as the system gives it.
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = |key: &str| info.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(": ")).map(|(_, v)| v.trim().to_owned());
-    let model = line("model name").or_else(|| line("Model")).unwrap_or_else(|| std::env::consts::ARCH.into());
-    // A family name alone does not tell two generations apart.
-    match line("model\t") {
-        Some(number) => format!("{model} (model {number})"),
-        None => model,
-    }
-}
-
 fn machine() -> String {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let memory = memory.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).map_or(0, |kb| kb >> 20);
-    format!("{}, {threads} threads, {memory} GiB, {}", cpu(), kernels::isa::available().join(" "))
+    format!("{}, {threads} threads, {memory} GiB, {}", cpu_name(), kernels::isa::available().join(" "))
 }
 
 /// Appends a row, after the date, to this machine's file of `bench`.
 pub fn append(bench: &str, columns: &str, row: &str) {
-    let slug: String = cpu().to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let slug: String = cpu_name().to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let slug = slug.split('-').filter(|w| !w.is_empty()).collect::<Vec<_>>().join("-");
     let path = folder().join(format!("{bench}-{slug}.csv"));
     let mut text = String::new();

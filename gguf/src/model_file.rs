@@ -78,6 +78,11 @@ impl ModelFile {
         self.shards[0].0.path()
     }
 
+    /// All shards.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|(m, _)| m.path())
+    }
+
     pub fn n_shards(&self) -> usize {
         self.shards.len()
     }

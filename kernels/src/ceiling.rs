@@ -96,3 +96,15 @@ pub fn measure(pool: &Pool) -> Peaks {
     };
     Peaks { int8_ops: median(&ops), read_bytes: median(&read) }
 }
+
+/// The processor's name, as the system gives it.
+pub fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = |key: &str| info.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(": ")).map(|(_, v)| v.trim().to_owned());
+    let model = line("model name").or_else(|| line("Model")).unwrap_or_else(|| std::env::consts::ARCH.into());
+    // A family name alone does not tell two generations apart.
+    match line("model\t") {
+        Some(number) => format!("{model} (model {number})"),
+        None => model,
+    }
+}

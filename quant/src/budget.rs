@@ -179,7 +179,13 @@ pub fn probe(
 
 /// `plan` with the types of least cost that keep to `target`, and their summed cost.
 pub fn apply(plan: Plan, choices: &[Choices], target: Target) -> Result<(Plan, f64)> {
-    let tied = is_tied(&plan);
+    let (layout, cost) = layout(&plan, choices, target)?;
+    Ok((plan.with_layout(layout), cost))
+}
+
+/// The layout of `apply`.
+pub fn layout(plan: &Plan, choices: &[Choices], target: Target) -> Result<(Layout, f64)> {
+    let tied = is_tied(plan);
     let counts = |name: &str| !matches!(target, Target::DeviceBytes(_)) || tied || name != "token_embd.weight";
     let measured = plan.calibration().is_some_and(|c| c.statistics.has_sensitivities());
     let by_name: HashMap<&str, &Choices> = choices.iter().map(|c| (c.tensor.as_str(), c)).collect();
@@ -194,11 +200,11 @@ pub fn apply(plan: Plan, choices: &[Choices], target: Target) -> Result<(Plan, f
     let mut overhead = 0;
     for _ in 0..8 {
         let limit = asked.saturating_sub(fixed + overhead);
-        let standard = if measured { None } else { largest_mix(&plan, choices, &counts, limit)? };
+        let standard = if measured { None } else { largest_mix(plan, choices, &counts, limit)? };
         let picked = solve(choices, &counts, limit, standard)
             .map_err(|smallest| Error::TargetTooSmall { asked, smallest: smallest + fixed + overhead })?;
         let types = choices.iter().zip(&picked).map(|(c, &k)| (c.tensor.clone(), c.choices[k].block)).collect();
-        let layout = retyped(&plan, &types)?;
+        let layout = retyped(plan, &types)?;
         let bytes: u64 = layout.tensors().iter().filter(|t| counts(t.name())).map(TensorInfo::n_bytes).sum();
         let taken = match target {
             Target::FileBytes(_) => layout.file_bytes(),
@@ -206,7 +212,7 @@ pub fn apply(plan: Plan, choices: &[Choices], target: Target) -> Result<(Plan, f
         };
         if taken <= asked {
             let cost = choices.iter().zip(&picked).map(|(c, &k)| c.choices[k].cost).sum();
-            return Ok((plan.with_layout(layout), cost));
+            return Ok((layout, cost));
         }
         overhead = overhead.max(taken - bytes) + if overhead >= taken - bytes { 32 * choices.len() as u64 } else { 0 };
     }

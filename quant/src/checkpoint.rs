@@ -175,6 +175,17 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str).filter(|n| !self.scales.values().any(|s| s == n))
     }
 
+    /// The weight files.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.maps.iter().map(Mapping::path)
+    }
+
+    /// Whether most tensors are bf16, or types that bf16 holds better than f16.
+    pub fn is_mostly_bf16(&self) -> bool {
+        let wide = self.tensors.values().filter(|t| !matches!(t.dtype, Dtype::F16 | Dtype::F32)).count();
+        2 * wide > self.tensors.len()
+    }
+
     /// Bytes of all weight files.
     pub fn file_bytes(&self) -> u64 {
         self.maps.iter().map(|m| m.bytes().len() as u64).sum()

@@ -19,7 +19,7 @@ use gguf::blocks::F32;
 use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, TensorView, Writer};
 use rayon::prelude::*;
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 
@@ -76,12 +76,30 @@ enum Origin {
     Gguf,
 }
 
+/// A file at a moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamp {
+    pub path: PathBuf,
+    pub bytes: u64,
+    pub modified: Option<std::time::SystemTime>,
+}
+
+impl Stamp {
+    pub fn of(path: &Path) -> Stamp {
+        let m = std::fs::metadata(path).ok();
+        let (bytes, modified) = (m.as_ref().map_or(0, |m| m.len()), m.and_then(|m| m.modified().ok()));
+        Stamp { path: path.to_owned(), bytes, modified }
+    }
+}
+
 /// Everything that is decided before a weight is read.
 pub struct Plan {
     source: Source,
     layout: Layout,
     origins: Vec<Origin>,
     calibration: Option<Calibration>,
+    /// The source's files, as they were.
+    stamps: Vec<Stamp>,
     /// Things worth telling the user, one line each.
     pub notes: Vec<String>,
 }
@@ -103,8 +121,47 @@ impl Plan {
         }
     }
 
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.source, Source::Gguf(_))
+    }
+
+    /// The float type that holds the source's weights, or most of them, as they are (F32 as F16).
+    pub fn float_type(&self) -> &'static str {
+        match &self.source {
+            Source::Checkpoint(c) if c.is_mostly_bf16() => "BF16",
+            _ => "F16",
+        }
+    }
+
+    /// The source's files, as they were when this plan was made.
+    pub fn stamps(&self) -> &[Stamp] {
+        &self.stamps
+    }
+
     pub fn calibration(&self) -> Option<&Calibration> {
         self.calibration.as_ref()
+    }
+
+    /// The layout of the same tensors under another mix.
+    pub fn layout_as(&self, mix: &Mix, overrides: &[Override]) -> Result<Layout> {
+        let h = Hparams::from_metadata(self.layout.metadata())?;
+        let tied = !self.layout.tensors().iter().any(|t| t.name() == "output.weight");
+        let has_importance = self.calibration.as_ref().is_some_and(|c| c.method != Method::Search);
+        let type_of = |t: &TensorInfo| match mix::is_quantizable(t.name(), t.dims().len()) {
+            true => type_in(mix, overrides, t.name(), t.row_len(), &h, tied, has_importance),
+            false => t.block(),
+        };
+        let layout = self.layout_with(type_of, |m| m.set_u32("general.file_type", mix.file_type))?;
+        self.calibration.as_ref().map_or(Ok(vec![]), |c| c.check(&layout))?;
+        Ok(layout)
+    }
+
+    /// An error if a file of the source is not what it was when this plan was made.
+    pub fn check_source(&self) -> Result<()> {
+        match self.stamps.iter().find(|s| Stamp::of(&s.path) != **s) {
+            None => Ok(()),
+            Some(s) => Err(Error::SourceChanged { path: s.path.clone() }),
+        }
     }
 
     /// The layout with other types and metadata.
@@ -256,7 +313,8 @@ fn plan_checkpoint(c: Checkpoint, options: ConvertOptions) -> Result<Plan> {
     }
     let layout = Layout::new(metadata, tensors)?;
     let notes = check(&options, &layout)?;
-    Ok(Plan { source: Source::Checkpoint(c), layout, origins, calibration: options.calibration, notes })
+    let stamps = c.paths().map(Stamp::of).collect();
+    Ok(Plan { source: Source::Checkpoint(c), stamps, layout, origins, calibration: options.calibration, notes })
 }
 
 /// The checkpoint tensors a rule takes; None where it takes none and need not.
@@ -295,12 +353,24 @@ fn choose(name: &str, dims: &[u64], h: &Hparams, tied: bool, options: &ConvertOp
     if !mix::is_quantizable(name, dims.len()) {
         return &F32;
     }
-    if let Some(o) = options.overrides.iter().find(|o| o.applies(name)) {
-        return mix::fit_row(o.block, dims[0]);
-    }
     // llama-quantize chooses some types otherwise where it has an importance matrix.
     let has_importance = options.calibration.as_ref().is_some_and(|c| c.method != Method::Search);
-    options.mix.type_of(name, dims[0], h, tied, has_importance)
+    type_in(options.mix, &options.overrides, name, dims[0], h, tied, has_importance)
+}
+
+fn type_in(
+    mix: &Mix,
+    overrides: &[Override],
+    name: &str,
+    row_len: u64,
+    h: &Hparams,
+    tied: bool,
+    has_importance: bool,
+) -> &'static BlockType {
+    match overrides.iter().find(|o| o.applies(name)) {
+        Some(o) => mix::fit_row(o.block, row_len),
+        None => mix.type_of(name, row_len, h, tied, has_importance),
+    }
 }
 
 fn plan_gguf(file: ModelFile, options: ConvertOptions) -> Result<Plan> {
@@ -329,7 +399,8 @@ fn plan_gguf(file: ModelFile, options: ConvertOptions) -> Result<Plan> {
     let origins = tensors.iter().map(|_| Origin::Gguf).collect();
     let layout = Layout::new(metadata, tensors)?;
     notes.extend(check(&options, &layout)?);
-    Ok(Plan { source: Source::Gguf(file), layout, origins, calibration: options.calibration, notes })
+    let stamps = file.paths().map(Stamp::of).collect();
+    Ok(Plan { source: Source::Gguf(file), stamps, layout, origins, calibration: options.calibration, notes })
 }
 
 fn check(options: &ConvertOptions, layout: &Layout) -> Result<Vec<String>> {
@@ -338,26 +409,33 @@ fn check(options: &ConvertOptions, layout: &Layout) -> Result<Vec<String>> {
 
 /// Streams the planned tensors into `target`, which appears only when whole.
 pub fn convert(plan: &Plan, target: &Path, threads: usize, progress: &dyn Progress) -> Result<()> {
-    refuse_overwriting_source(plan, target)?;
+    convert_each(plan, &[(plan.layout.clone(), target.to_owned())], threads, progress)
+}
+
+/// The same into several files at once, each in its layout (of `layout_as`), from one read of the source.
+pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, progress: &dyn Progress) -> Result<()> {
+    outputs.iter().try_for_each(|(_, target)| refuse_overwriting_source(plan, target))?;
     let pool = pool(threads)?;
-    let mut writer = Writer::create(target, plan.layout.clone())?;
-    let (send, receive) = sync_channel::<Vec<u8>>(1);
+    let mut writers = outputs.iter().map(|(layout, target)| Writer::create(target, layout.clone())).collect::<gguf::Result<Vec<_>>>()?;
+    let layouts: Vec<&Layout> = outputs.iter().map(|o| &o.0).collect();
+    // A batch of rows of a tensor, in each layout.
+    let (send, receive) = sync_channel::<Vec<Vec<u8>>>(1);
     std::thread::scope(|scope| {
-        let writing = scope.spawn(move || -> Result<Writer> {
-            for bytes in receive {
-                writer.write(&bytes)?;
+        let writing = scope.spawn(move || -> Result<Vec<Writer>> {
+            for batch in receive {
+                writers.iter_mut().zip(&batch).try_for_each(|(w, bytes)| w.write(bytes))?;
             }
-            Ok(writer)
+            Ok(writers)
         });
-        let encoded = (0..plan.layout.tensors().len())
-            .try_for_each(|i| convert_tensor(plan, i, &pool, progress, &|bytes| send.send(bytes).map_err(|_| Error::Cancelled)));
+        let emit = |batch| send.send(batch).map_err(|_| Error::Cancelled);
+        let encoded = (0..plan.layout.tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &pool, progress, &emit));
         drop(send);
         let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
         // A writer that failed closes the channel, so its error is the cause and comes first.
-        let writer = written?;
+        let writers = written?;
         encoded?;
-        writer.finish()?;
-        Ok(())
+        plan.check_source()?;
+        Ok(writers.into_iter().try_for_each(Writer::finish)?)
     })
 }
 
@@ -376,28 +454,47 @@ fn refuse_overwriting_source(plan: &Plan, target: &Path) -> Result<()> {
     Ok(())
 }
 
+/// One tensor's encoding in one layout.
+enum Encoding<'a> {
+    /// The source's bytes, which are of the type asked for.
+    Copy(&'a [u8]),
+    Encode(MatrixEncoder<'a>),
+}
+
 fn convert_tensor(
     plan: &Plan,
+    layouts: &[&Layout],
     i: usize,
     pool: &rayon::ThreadPool,
     progress: &dyn Progress,
-    emit: &dyn Fn(Vec<u8>) -> Result<()>,
+    emit: &dyn Fn(Vec<Vec<u8>>) -> Result<()>,
 ) -> Result<()> {
     let info = &plan.layout.tensors()[i];
+    let blocks: Vec<&'static BlockType> = layouts.iter().map(|l| l.tensors()[i].block()).collect();
     let values = plan.values(i)?;
-    let (cols, rows, row_bytes) = (info.row_len() as usize, info.n_rows() as usize, info.row_bytes() as usize);
-    let copy = match &values {
-        Values::Gguf { bytes, block, .. } if *block == info.block() => Some(*bytes),
+    let (cols, rows) = (info.row_len() as usize, info.n_rows() as usize);
+    let row_bytes: Vec<usize> = layouts.iter().map(|l| l.tensors()[i].row_bytes() as usize).collect();
+    let copied = |wanted: &BlockType| match &values {
+        Values::Gguf { bytes, block, .. } if *block == wanted => Some(*bytes),
         _ => None,
     };
-    let calibration = plan.calibration.as_ref().filter(|_| copy.is_none());
+    // What is copied or stays a float needs no statistics.
+    let rounded: Vec<_> = blocks.iter().filter(|b| copied(b).is_none() && !b.is_plain()).collect();
+    let calibration = plan.calibration.as_ref().filter(|_| !rounded.is_empty());
+    let by_blocks = rounded.iter().any(|b| encode::wants_blocks(b, calibration));
     let bad = (AtomicU64::new(0), AtomicU64::new(0));
     let n_parts = encode::n_parts(info);
     for part in 0..n_parts {
-        let blocks = encode::wants_blocks(info.block(), calibration);
-        let inputs = pool.install(|| Inputs::new(info, part, calibration, blocks))?;
-        let encoder = MatrixEncoder::new(info.block(), cols, &inputs)?;
-        let chunk_rows = encoder.rows_at_once(CHUNK);
+        let inputs = pool.install(|| Inputs::new(info, part, calibration, by_blocks))?;
+        let encodings = blocks
+            .iter()
+            .map(|block| match copied(block) {
+                Some(bytes) => Ok(Encoding::Copy(bytes)),
+                None => MatrixEncoder::new(block, cols, &inputs).map(Encoding::Encode),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let at_once = encodings.iter().map(|e| if let Encoding::Encode(e) = e { e.rows_at_once(CHUNK) } else { CHUNK.div_ceil(cols) });
+        let chunk_rows = at_once.max().unwrap_or(1);
         let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
         let end = (part + 1) * (rows / n_parts);
         for first in (part * (rows / n_parts)..end).step_by(batch_rows) {
@@ -405,18 +502,20 @@ fn convert_tensor(
                 return Err(Error::Cancelled);
             }
             let n = batch_rows.min(end - first);
-            let mut out = vec![0u8; n * row_bytes];
-            match copy {
-                Some(bytes) => out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]),
-                None => pool.install(|| {
-                    out.par_chunks_mut(chunk_rows * row_bytes).enumerate().for_each(|(k, out)| {
-                        encode_rows(&values, first + k * chunk_rows, cols, row_bytes, &encoder, out, &bad);
-                    });
-                }),
+            let mut batch: Vec<Vec<u8>> = row_bytes.iter().map(|b| vec![0u8; n * b]).collect();
+            let mut chunks: Vec<Vec<&mut [u8]>> = (0..n.div_ceil(chunk_rows)).map(|_| Vec::with_capacity(blocks.len())).collect();
+            for (out, row_bytes) in batch.iter_mut().zip(&row_bytes) {
+                chunks.iter_mut().zip(out.chunks_mut(chunk_rows * row_bytes)).for_each(|(chunk, out)| chunk.push(out));
             }
+            pool.install(|| {
+                chunks.into_par_iter().enumerate().for_each(|(k, outs)| {
+                    let first = first + k * chunk_rows;
+                    encode_rows(&values, first, chunk_rows.min(end - first), cols, &encodings, outs, &bad);
+                });
+            });
             values.release_before(first + n);
             progress.advanced(info.name(), (n * cols) as u64);
-            emit(out)?;
+            emit(batch)?;
         }
     }
     let (nan, inf) = (bad.0.into_inner(), bad.1.into_inner());
@@ -426,29 +525,42 @@ fn convert_tensor(
     Ok(())
 }
 
+/// `n` rows from `first` on, in each encoding.
 fn encode_rows(
     values: &Values,
     first: usize,
+    n: usize,
     cols: usize,
-    row_bytes: usize,
-    encoder: &MatrixEncoder,
-    out: &mut [u8],
+    encodings: &[Encoding],
+    outs: Vec<&mut [u8]>,
     bad: &(AtomicU64, AtomicU64),
 ) {
-    let n = out.len() / row_bytes;
-    let mut x = vec![0.0f32; n * cols];
-    for (r, x) in x.chunks_exact_mut(cols).enumerate() {
-        values.read(first + r, x);
+    let mut x = Vec::new();
+    for (encoding, out) in encodings.iter().zip(outs) {
+        let encoder = match encoding {
+            Encoding::Copy(bytes) => {
+                let row_bytes = out.len() / n;
+                out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]);
+                continue;
+            }
+            Encoding::Encode(encoder) => encoder,
+        };
+        if x.is_empty() {
+            x.resize(n * cols, 0.0f32);
+            for (r, x) in x.chunks_exact_mut(cols).enumerate() {
+                values.read(first + r, x);
+            }
+            // Without an early exit, so that it is a vector loop: an exponent of all ones is NaN or infinite.
+            const EXPONENT: u32 = 0x7f80_0000;
+            if x.iter().fold(false, |bad, v| bad | (v.to_bits() & EXPONENT == EXPONENT)) {
+                let nan = x.iter().filter(|v| v.is_nan()).count() as u64;
+                bad.0.fetch_add(nan, Ordering::Relaxed);
+                bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
+                return; // The file will not be finished; do not feed the search what it cannot rank.
+            }
+        }
+        encoder.encode(&x, out);
     }
-    // Without an early exit, so that it is a vector loop: an exponent of all ones is NaN or infinite.
-    const EXPONENT: u32 = 0x7f80_0000;
-    if x.iter().fold(false, |bad, v| bad | (v.to_bits() & EXPONENT == EXPONENT)) {
-        let nan = x.iter().filter(|v| v.is_nan()).count() as u64;
-        bad.0.fetch_add(nan, Ordering::Relaxed);
-        bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
-        return; // The file will not be finished; do not feed the search what it cannot rank.
-    }
-    encoder.encode(&x, out);
 }
 
 #[cfg(test)]

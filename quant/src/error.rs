@@ -35,6 +35,8 @@ pub enum Error {
     UnknownShape { name: String, known: String },
     #[error("{source_path} and {target} are the same file; choose another output")]
     SameFile { source_path: PathBuf, target: PathBuf },
+    #[error("{path} changed while it was read; nothing was written, run again when it is at rest")]
+    SourceChanged { path: PathBuf },
     #[error("stopped; nothing was written")]
     Cancelled,
     #[error("{path}: {problems} problem(s), first: {first}")]

@@ -180,3 +180,82 @@ fn differences_are_found_and_said() {
     ok(&["edit", path(&folder.file("c.gguf")), "--remove", "tokenizer.chat_template", "--set", "llama.rope.freq_base=20000"]);
     fails(&["verify", path(&folder.file("c.gguf")), "--against", path(&demo())], &["llama.rope.freq_base", "source"]);
 }
+
+/// Killed again and again, a release is completed by the same command, reads
+/// its source once, and says what is measured and made apart.
+#[test]
+fn a_release_survives_kills_and_says_what_is_so() {
+    let folder = Folder::new("publish");
+    let text = std::fs::read_to_string(demo().join("calibration.txt")).unwrap();
+    let (short, heldout, out) = (folder.file("short.txt"), demo().join("heldout.txt"), folder.file("release"));
+    std::fs::write(&short, &text[..40_000]).unwrap();
+    let demo = demo();
+    let publish = [
+        &["publish", path(&demo), "--types", "Q4_K_M,Q8_0,4.7bpw", "--calibration", path(&short), "--eval", path(&heldout)][..],
+        &["-o", path(&out), "--windows", "2", "--json"],
+    ]
+    .concat();
+    let mut reads = 0;
+    for moment in 1..=10 {
+        let mut command = std::process::Command::new(tests::grist());
+        let mut child = command.args(&publish).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(150 * moment));
+        child.kill().unwrap();
+        reads += String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap().matches("read once").count();
+        for e in std::fs::read_dir(&out).into_iter().flatten() {
+            let e = e.unwrap().path();
+            if e.extension().is_some_and(|e| e == "gguf") {
+                gguf::ModelFile::open(&e).unwrap();
+            }
+        }
+    }
+    let last = tests::command::run(&publish);
+    let said = String::from_utf8(last.stderr).unwrap();
+    assert!(last.status.success(), "{said}");
+    assert_eq!(reads + said.matches("read once").count(), 1);
+    let manifest: serde_json::Value = serde_json::from_slice(&last.stdout).unwrap();
+    let on_disk: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest, on_disk);
+
+    let entries = manifest["files"].as_array().unwrap();
+    assert_eq!(entries.len(), 3);
+    let reference = convert(&demo, "BF16", &folder);
+    let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+    for e in entries {
+        let file = out.join(e["file"].as_str().unwrap());
+        let args = ["perplexity", path(&file), "-f", path(&heldout), "--reference", path(&reference), "--windows", "2", "--json"];
+        let apart = json(&args);
+        assert_eq!((&apart["perplexity"], &apart["kl_divergence"]["mean"]), (&e["perplexity"], &e["divergence"]));
+        let row = card.lines().find(|l| l.contains(e["file"].as_str().unwrap())).unwrap();
+        assert!(row.contains(&format!("{:.5}", apart["kl_divergence"]["mean"].as_f64().unwrap())), "{row}");
+        assert!(e["speed"]["decode_tok_s"].as_f64().unwrap() > 0.0);
+    }
+    // The same bytes as the command that makes one file.
+    let (stats, q4) = (out.join("rustdoc-9m.stats.gguf"), folder.file("q4.gguf"));
+    ok(&["quantize", path(&reference), "-t", "Q4_K_M", "--calibration", path(&stats), "-o", path(&q4)]);
+    assert!(std::fs::read(&q4).unwrap() == std::fs::read(out.join("rustdoc-9m-Q4_K_M.gguf")).unwrap());
+    let bits = entries.iter().find(|e| e["type"] == "4.7bpw").unwrap()["bits_per_weight"].as_f64().unwrap();
+    assert!(bits <= 4.7 && bits > 4.6, "{bits}");
+
+    let names: std::collections::BTreeSet<String> =
+        std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let wanted = ["README.md", "SHA256SUMS", "divergence.svg", "manifest.json", "rustdoc-9m-4.7bpw.gguf", "rustdoc-9m-Q4_K_M.gguf"];
+    let wanted: std::collections::BTreeSet<String> =
+        wanted.into_iter().chain(["rustdoc-9m-Q8_0.gguf", "rustdoc-9m.stats.gguf"]).map(String::from).collect();
+    assert_eq!(names, wanted);
+    let sums = std::fs::read_to_string(out.join("SHA256SUMS")).unwrap();
+    assert_eq!(sums.lines().count(), 4);
+    for e in entries {
+        assert!(sums.contains(&format!("{}  {}\n", e["sha256"].as_str().unwrap(), e["file"].as_str().unwrap())));
+    }
+    let plot = std::fs::read_to_string(out.join("divergence.svg")).unwrap();
+    assert!(plot.starts_with("<svg") && ["Q4_K_M", "Q8_0", "4.7bpw", "KL divergence"].iter().all(|w| plot.contains(w)));
+
+    // Complete, it does nothing again; with other inputs it says so.
+    let again = tests::command::run(&publish);
+    assert!(again.status.success() && !String::from_utf8(again.stderr).unwrap().contains("read once"));
+    let other = [&publish[..6], &["--eval", path(&short), "-o", path(&out)]].concat();
+    fails(&other, &["same text"]);
+    fails(&[&publish[..], &["--method", "imatrix"]].concat(), &["another source, text or method"]);
+    fails(&[&publish[..], &["--types", "Q9"]].concat(), &["Q9"]);
+}

@@ -10,6 +10,7 @@ pub mod inspect;
 pub mod logits;
 pub mod perplexity;
 pub mod plan;
+pub mod publish;
 pub mod quantize;
 pub mod run;
 pub mod synth;

@@ -109,14 +109,19 @@ impl Progress for Bar {
     }
 }
 
-/// Quantizes `source` into `target` with a bar and closing lines on standard error.
+/// Quantizes into `target` with a bar on standard error; returns the seconds it took.
 pub fn quantize_to(plan: &quant::Plan, target: &Path, threads: usize) -> Result<f64> {
+    quantize_each(plan, &[(plan.layout().clone(), target.to_owned())], threads)
+}
+
+/// The same into several files at once.
+pub fn quantize_each(plan: &quant::Plan, outputs: &[(gguf::Layout, PathBuf)], threads: usize) -> Result<f64> {
     for note in &plan.notes {
         eprintln!("grist: note: {note}");
     }
     let weights = plan.total_weights();
     let bar = Bar::new(weights, plan.source_bytes() as f64 / weights.max(1) as f64);
-    let result = quant::convert(plan, target, threads, &bar);
+    let result = quant::convert::convert_each(plan, outputs, threads, &bar);
     bar.finish();
     result?;
     Ok(bar.seconds())

@@ -3,6 +3,7 @@
 
 mod commands;
 mod common;
+mod release;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
@@ -69,6 +70,8 @@ subcommands! {
     Synth => synth,
     /// Check a file's structure, values and scales; against its source, the error of each tensor
     Verify => verify,
+    /// Make a release: every file, a model card, a plot, checksums and a manifest
+    Publish => publish,
     /// Compare two files: metadata, tokenizer, each tensor's type and values
     Diff => diff,
     /// Change a file's metadata in place

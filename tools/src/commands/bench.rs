@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, Want};
+use runtime::{Decoder, KvCache, KvType, Model, Want};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -34,8 +34,8 @@ pub struct Args {
     json: bool,
 }
 
-struct Row {
-    test: &'static str,
+pub struct Row {
+    pub test: &'static str,
     n: usize,
     /// Sorted.
     tok_s: Vec<f64>,
@@ -43,7 +43,7 @@ struct Row {
 }
 
 impl Row {
-    fn median(&self) -> f64 {
+    pub fn median(&self) -> f64 {
         self.tok_s[self.tok_s.len() / 2]
     }
 }
@@ -55,48 +55,64 @@ pub fn run(a: Args) -> Result<()> {
     let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), a.depth + a.prompt.max(a.n) + 1, kv)?;
-    let mut decoder = Decoder::new(&model);
+    let spec = Spec { prompt: a.prompt, n: a.n, depth: a.depth, reps: a.reps, kv };
+    let (rows, ops, bandwidth) = measure(&pool, &model, &spec)?;
+    report(&a, &rows, pool.n_threads(), ops, bandwidth)
+}
+
+/// What is measured: tokens of a prompt, tokens generated, after how many in the cache, how often.
+pub struct Spec {
+    pub prompt: usize,
+    pub n: usize,
+    pub depth: usize,
+    pub reps: usize,
+    pub kv: KvType,
+}
+
+/// Rows of prefill and decode, and the int8 operations and bytes a second that the machine did at best meanwhile.
+pub fn measure(pool: &Pool, model: &Model, s: &Spec) -> Result<(Vec<Row>, f64, f64)> {
+    let mut cache = KvCache::new(model.hparams(), s.depth + s.prompt.max(s.n) + 1, s.kv)?;
+    let mut decoder = Decoder::new(model);
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
-    let fill: Vec<u32> = (0..a.depth).map(token).collect();
-    let prompt: Vec<u32> = (0..a.prompt).map(|i| token(i + a.depth)).collect();
+    let fill: Vec<u32> = (0..s.depth).map(token).collect();
+    let prompt: Vec<u32> = (0..s.prompt).map(|i| token(i + s.depth)).collect();
     if !fill.is_empty() {
-        decoder.forward(&pool, &mut cache, &fill, Want::Last)?;
+        decoder.forward(pool, &mut cache, &fill, Want::Last)?;
     }
 
     // Once unmeasured: pages come in, frequencies settle.
-    decoder.forward(&pool, &mut cache, &[token(0)], Want::Last)?;
+    decoder.forward(pool, &mut cache, &[token(0)], Want::Last)?;
     let (mut prefill, mut decode, mut peaks) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..a.reps {
-        peaks.push(kernels::ceiling::measure(&pool));
-        if a.prompt > 0 {
-            cache.truncate(a.depth);
+    for _ in 0..s.reps {
+        peaks.push(kernels::ceiling::measure(pool));
+        if s.prompt > 0 {
+            cache.truncate(s.depth);
             let start = Instant::now();
-            decoder.forward(&pool, &mut cache, &prompt, Want::Last)?;
-            prefill.push(a.prompt as f64 / start.elapsed().as_secs_f64());
+            decoder.forward(pool, &mut cache, &prompt, Want::Last)?;
+            prefill.push(s.prompt as f64 / start.elapsed().as_secs_f64());
         }
-        if a.n > 0 {
-            cache.truncate(a.depth);
+        if s.n > 0 {
+            cache.truncate(s.depth);
             let start = Instant::now();
-            for i in 0..a.n {
-                decoder.forward(&pool, &mut cache, &[token(i)], Want::Last)?;
+            for i in 0..s.n {
+                decoder.forward(pool, &mut cache, &[token(i)], Want::Last)?;
             }
-            decode.push(a.n as f64 / start.elapsed().as_secs_f64());
+            decode.push(s.n as f64 / start.elapsed().as_secs_f64());
         }
     }
-    peaks.push(kernels::ceiling::measure(&pool));
+    peaks.push(kernels::ceiling::measure(pool));
     let median = |f: fn(&kernels::ceiling::Peaks) -> f64| row("", 0, peaks.iter().map(f).collect(), 0.0).median();
     let (ops, bandwidth) = (median(|p| p.int8_ops), median(|p| p.read_bytes));
     let mut rows = Vec::new();
-    if a.prompt > 0 {
-        rows.push(row("prefill", a.prompt, prefill, ops / (2.0 * model.macs_per_prompt_token())));
+    if s.prompt > 0 {
+        rows.push(row("prefill", s.prompt, prefill, ops / (2.0 * model.macs_per_prompt_token())));
     }
-    if a.n > 0 {
-        let bytes = model.bytes_per_generated_token(kv, a.depth as f64 + a.n as f64 / 2.0);
-        rows.push(row("decode", a.n, decode, bandwidth / bytes));
+    if s.n > 0 {
+        let bytes = model.bytes_per_generated_token(s.kv, s.depth as f64 + s.n as f64 / 2.0);
+        rows.push(row("decode", s.n, decode, bandwidth / bytes));
     }
-    report(&a, &rows, pool.n_threads(), ops, bandwidth)
+    Ok((rows, ops, bandwidth))
 }
 
 fn row(test: &'static str, n: usize, mut tok_s: Vec<f64>, ceiling: f64) -> Row {

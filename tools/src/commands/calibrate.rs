@@ -24,30 +24,30 @@ const FEWEST_TOKENS: usize = 4096;
 )]
 pub struct Args {
     /// Checkpoint folder (converted to BF16 in the cache first), or a GGUF: F16, BF16 or Q8_0 serve best
-    model: PathBuf,
+    pub model: PathBuf,
     /// Text that the model reads; some tens of thousands of tokens like those it will meet
     #[arg(short, long)]
-    file: PathBuf,
+    pub file: PathBuf,
     /// Statistics, a GGUF that llama-quantize takes as its imatrix too
     #[arg(short, long)]
-    output: PathBuf,
+    pub output: PathBuf,
     /// Window in tokens
     #[arg(long, default_value_t = 512)]
-    ctx: usize,
+    pub ctx: usize,
     /// Read only the first N tokens [default: all]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
-    tokens: usize,
+    pub tokens: usize,
     /// Also measure, on the first N tokens, what an error in each tensor costs, for `grist quantize --target-*`: every tensor alone through the layers above it
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
-    sensitivity: usize,
+    pub sensitivity: usize,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    pub threads: usize,
     /// Bound on working memory; the mapped model and the temporary file do not count
     #[arg(long, value_parser = common::parse_size, value_name = "SIZE", default_value = "4GiB")]
-    max_memory: u64,
+    pub max_memory: u64,
     /// One JSON object on standard output
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 pub fn run(a: Args) -> Result<()> {
@@ -68,40 +68,24 @@ pub fn run(a: Args) -> Result<()> {
             common::show_bytes(a.max_memory)
         );
     }
-    let folder = match a.output.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(&a.output);
     if !folder.is_dir() {
         bail!("the folder {} does not exist; create it first", folder.display());
     }
 
     let pool = Pool::new(a.threads);
-    let mut layers = Layerwise::new(&model, &tokens, a.ctx, folder)?;
-    let name = a.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let tied = model.file().get("output.weight").is_none();
-    let collector = Collector::create(&a.output, h, tied, &name, layers.n_windows(), a.ctx)?;
-    let observer = Mutex::new(collector);
-    let steps = (h.n_layers + 1) * layers.n_windows() as u64;
-    let bar = common::step_bar(steps, "window");
     let begun = std::time::Instant::now();
-    layers.run(&pool, &observer, || bar.inc(1), |c: &mut Collector| c.write().map_err(anyhow::Error::from))?;
-    observer.into_inner().unwrap_or_else(|e| e.into_inner()).finish()?;
-    bar.finish_and_clear();
-    if a.sensitivity > 0 {
-        measure_sensitivity(&pool, &model, &tokens[..a.sensitivity.min(tokens.len())], &a)?;
-    }
-
+    let n_windows = gather(&pool, &model, &tokens, &a)?;
     let seconds = begun.elapsed().as_secs_f64();
     let rare = rare_experts(&a.output, &model)?;
     for line in &rare {
         eprintln!("grist: note: {line}");
     }
-    let n = layers.n_windows() * a.ctx;
+    let n = n_windows * a.ctx;
     eprintln!("grist: {} written: {n} tokens in {seconds:.1} s ({:.1} tok/s)", a.output.display(), n as f64 / seconds);
     if a.json {
         common::print_json(&serde_json::json!({
-            "output": a.output.to_string_lossy(), "tokens": n, "windows": layers.n_windows(), "seconds": seconds,
+            "output": a.output.to_string_lossy(), "tokens": n, "windows": n_windows, "seconds": seconds,
             "memory_bytes": needed, "temporary_bytes": Layerwise::file_bytes(h, n), "rare_experts": rare,
         }))?;
     }
@@ -130,6 +114,28 @@ fn windows(model: &Model, text: &str, a: &Args) -> Result<Vec<u32>> {
         tokens.chunks_mut(a.ctx).for_each(|window| window[0] = bos);
     }
     Ok(tokens)
+}
+
+/// Writes the statistics of `tokens`; returns how many windows those are.
+fn gather(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<usize> {
+    let h = model.hparams();
+    let mut layers = Layerwise::new(model, tokens, a.ctx, folder_of(&a.output))?;
+    let name = a.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let tied = model.file().get("output.weight").is_none();
+    let collector = Collector::create(&a.output, h, tied, &name, layers.n_windows(), a.ctx)?;
+    let observer = Mutex::new(collector);
+    let bar = common::step_bar((h.n_layers + 1) * layers.n_windows() as u64, "window");
+    layers.run(pool, &observer, || bar.inc(1), |c: &mut Collector| c.write().map_err(anyhow::Error::from))?;
+    observer.into_inner().unwrap_or_else(|e| e.into_inner()).finish()?;
+    bar.finish_and_clear();
+    if a.sensitivity > 0 {
+        measure_sensitivity(pool, model, &tokens[..a.sensitivity.min(tokens.len())], a)?;
+    }
+    Ok(layers.n_windows())
+}
+
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// What a unit of each tensor's error is worth, by replacing each alone with its 4-bit form; into the complete STATS.

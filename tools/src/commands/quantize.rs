@@ -1,6 +1,7 @@
 //! grist quantize
 
 use crate::common;
+use crate::release::card;
 use anyhow::{Context, Result, bail};
 use quant::budget::Target;
 use quant::encode::{Calibration, Inputs, Method};
@@ -90,7 +91,7 @@ pub fn run(a: Args) -> Result<()> {
     }
     let output = match a.output {
         Some(o) => o,
-        None => PathBuf::from(format!("{}-{}.gguf", stem(&a.src), label(&a, mix))),
+        None => PathBuf::from(format!("{}-{}.gguf", card::name_of(&a.src), label(&a, mix))),
     };
     if let Some(parent) = output.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
         bail!("the folder {} does not exist; create it first", parent.display());
@@ -149,7 +150,7 @@ fn label(a: &Args, mix: &quant::mix::Mix) -> String {
     match (a.target_size, a.target_bpw, a.target_vram, &a.recipe) {
         (Some(n), ..) | (_, _, Some(n), _) => common::show_bytes(n).replace(' ', ""),
         (_, Some(bits), ..) => format!("{bits}bpw"),
-        (.., Some(recipe)) => stem(recipe),
+        (.., Some(recipe)) => card::name_of(recipe),
         _ => mix.name.to_owned(),
     }
 }
@@ -166,12 +167,6 @@ fn calibration(path: &Path, method: Option<&str>) -> Result<Calibration> {
         bail!("{} holds an importance matrix only; use --method imatrix, or make it with `grist calibrate`", path.display());
     }
     Ok(Calibration { statistics, method })
-}
-
-fn stem(src: &Path) -> String {
-    let full = src.canonicalize().unwrap_or_else(|_| src.to_owned());
-    let name = if full.is_dir() { full.file_name() } else { full.file_stem() };
-    name.map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into())
 }
 
 fn describe(layout: &gguf::Layout) -> serde_json::Value {
