@@ -14,10 +14,11 @@
 //! chosen by them was 1.35 times worse than the standard mix of its size. So
 //! without sensitivities step 2 is the largest standard mix that fits.
 
-use crate::convert::{Plan, Progress, Values};
+use crate::convert::Progress;
 use crate::encode::{Calibration, Inputs, MatrixEncoder, ROWS, n_parts, wants_any_blocks};
 use crate::error::{Error, Result};
 use crate::mix;
+use crate::plan::{Plan, Values};
 use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, Value, blocks};
 use rayon::prelude::*;
 use std::collections::HashMap;

@@ -9,6 +9,7 @@ pub mod convert;
 pub mod encode;
 mod error;
 pub mod mix;
+mod plan;
 mod sentencepiece;
 pub mod statistics;
 pub mod synth;
@@ -16,5 +17,6 @@ pub mod tokenizer_meta;
 pub mod verify;
 
 pub use checkpoint::Checkpoint;
-pub use convert::{ConvertOptions, Plan, Progress, convert, plan};
+pub use convert::{Progress, convert};
 pub use error::{Error, Result};
+pub use plan::{ConvertOptions, Plan, Stamp, plan};

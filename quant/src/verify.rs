@@ -1,9 +1,9 @@
 //! Is a file what it should be? Structure, finite values, plausible scales, a
 //! hash a tensor; and against its source, each tensor's relative error.
 
-use crate::convert::{self, ConvertOptions};
 use crate::error::{Error, Result};
 use crate::mix;
+use crate::plan::{self, ConvertOptions};
 use gguf::{Hparams, Metadata, ModelFile, TensorView, Value};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -51,7 +51,7 @@ pub fn verify(path: &Path, against: Option<&Path>) -> Result<Report> {
         Err(e) => problems.push(e.to_string()),
     }
     let source = match against {
-        Some(src) => Some(convert::plan(src, ConvertOptions::new(mix::by_name("F32")?))?),
+        Some(src) => Some(plan::plan(src, ConvertOptions::new(mix::by_name("F32")?))?),
         None => None,
     };
     let views: Vec<TensorView> = file.tensors().collect();
@@ -116,7 +116,7 @@ pub fn differences(a: &ModelFile, b: &ModelFile) -> Result<Vec<Difference>> {
         }
         let comparable = right.as_ref().filter(|r| r.info.dims() == left.info.dims());
         let relative_error = match comparable {
-            Some(r) => check_tensor(r, Some(&convert::gguf_values(&left)?))?.relative_error,
+            Some(r) => check_tensor(r, Some(&plan::gguf_values(&left)?))?.relative_error,
             None => None,
         };
         let (tensor, left) = (left.info.name().to_owned(), Some(describe(&left)));
@@ -177,7 +177,7 @@ struct Sums {
     energy: f64,
 }
 
-fn check_tensor(view: &TensorView, source: Option<&convert::Values>) -> Result<TensorReport> {
+fn check_tensor(view: &TensorView, source: Option<&plan::Values>) -> Result<TensorReport> {
     let info = view.info;
     let sha256 = Sha256::digest(view.bytes).iter().map(|b| format!("{b:02x}")).collect();
     let decode = kernels::encode::decoder(info.block()).ok_or_else(|| gguf::Error::CannotDecode {

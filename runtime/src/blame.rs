@@ -47,7 +47,7 @@ impl<'m> Blame<'m> {
         let mut b = Blame { model, tokens, context, runner, reference: Vec::new(), logits: Vec::new() };
         for mut window in b.embedded(&model.embedding) {
             b.logits.clear();
-            b.to_logits(pool, 0, &mut window, &model.output);
+            b.finish_window(pool, 0, &mut window, &model.output);
             per_token(pool, &mut b.logits, model.vocab(), |_, row| log_softmax(row));
             b.reference.extend_from_slice(&b.logits);
         }
@@ -138,7 +138,7 @@ impl<'m> Blame<'m> {
     }
 
     /// A window from before layer `first` on into `logits`.
-    fn to_logits(&mut self, pool: &Pool, first: usize, window: &mut [f32], output: &Weight) {
+    fn finish_window(&mut self, pool: &Pool, first: usize, window: &mut [f32], output: &Weight) {
         for layer in &self.model.layers[first..] {
             self.runner.layer(pool, layer, window, None, |_, _| ());
         }
@@ -151,7 +151,7 @@ impl<'m> Blame<'m> {
         let mut total = 0.0;
         for (w, mut window) in windows.into_iter().enumerate() {
             self.logits.clear();
-            self.to_logits(pool, first, &mut window, output);
+            self.finish_window(pool, first, &mut window, output);
             let reference = &self.reference[w * self.logits.len()..];
             // A row's divergence then takes the place of its first logit.
             per_token(pool, &mut self.logits, vocab, |t, row| {

@@ -259,3 +259,25 @@ fn a_release_survives_kills_and_says_what_is_so() {
     fails(&[&publish[..], &["--method", "imatrix"]].concat(), &["another source, text or method"]);
     fails(&[&publish[..], &["--types", "Q9"]].concat(), &["Q9"]);
 }
+
+/// A source that changes under the converter's hands: an error, and nothing written.
+#[test]
+fn a_source_that_changes_is_noticed() {
+    struct Touch(std::path::PathBuf);
+    impl quant::Progress for Touch {
+        fn advanced(&self, tensor: &str, _: u64) {
+            if tensor == "output.weight" {
+                let later = std::time::SystemTime::now() + std::time::Duration::from_secs(60);
+                std::fs::File::options().write(true).open(&self.0).unwrap().set_modified(later).unwrap();
+            }
+        }
+    }
+    let folder = Folder::new("changes");
+    let (source, out) = (folder.file("source"), folder.file("out.gguf"));
+    tests::copy_folder(&demo(), &source);
+    let plan = quant::plan(&source, quant::ConvertOptions::new(quant::mix::by_name("Q8_0").unwrap())).unwrap();
+    let weights = source.join("model.safetensors");
+    let e = quant::convert(&plan, &out, 2, &Touch(weights)).unwrap_err().to_string();
+    assert!(e.contains("model.safetensors changed while it was read"), "{e}");
+    assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 1);
+}

@@ -5,7 +5,7 @@ pub mod card;
 pub mod plot;
 
 use anyhow::{Context, Result};
-use quant::convert::Stamp;
+use quant::Stamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::{Read, Write};

@@ -20,7 +20,7 @@ pub struct Args {
     /// Output [default: SRC's name and the type, in the current folder]
     #[arg(short, long)]
     output: Option<PathBuf>,
-    /// F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K
+    /// F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ4_NL IQ4_XS
     #[arg(short = 't', long = "type", value_name = "TYPE", required_unless_present_any = ["target_size", "target_bpw", "target_vram", "recipe"])]
     kind: Option<String>,
     /// Statistics of `grist calibrate`, or a GGUF imatrix of llama.cpp
