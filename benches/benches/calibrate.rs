@@ -72,7 +72,7 @@ fn calibrate(pool: &Pool, model: &Model, ids: &[u32], stats: &Path, folder: &Pat
     let start = Instant::now();
     let mut layers = Layerwise::new(model, ids, CONTEXT, folder).expect("layers");
     let tied = model.file().get("output.weight").is_none();
-    let collector = Collector::create(stats, model.hparams(), tied, "random", layers.n_windows(), CONTEXT).expect("statistics");
+    let collector = Collector::create(stats, model.hparams(), tied, "random", ids, CONTEXT).expect("statistics");
     let collector = Mutex::new(collector);
     let done: Result<(), Box<dyn std::error::Error>> = layers.run(pool, &collector, || (), |c: &mut Collector| Ok(c.write()?));
     done.expect("calibration");

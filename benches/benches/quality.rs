@@ -90,7 +90,7 @@ mod with_ggml {
         let pool = kernels::Pool::new(0);
         let tokens = windows(&model, &source.join("calibration.txt"));
         let mut layers = Layerwise::new(&model, &tokens, CONTEXT, &folder).expect("layers");
-        let collector = Collector::create(&stats_path, model.hparams(), false, "calibration.txt", layers.n_windows(), CONTEXT);
+        let collector = Collector::create(&stats_path, model.hparams(), false, "calibration.txt", &tokens, CONTEXT);
         let collector = Mutex::new(collector.expect("statistics"));
         let done: Result<(), Box<dyn std::error::Error>> = layers.run(&pool, &collector, || (), |c: &mut Collector| Ok(c.write()?));
         done.expect("calibration");

@@ -9,7 +9,7 @@ use crate::tensor_info::TensorInfo;
 use crate::value::{Metadata, Value, write_string};
 use byteorder::{LittleEndian, WriteBytesExt};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// Metadata and tensor places: everything of a file but the tensor data.
@@ -112,6 +112,11 @@ impl PartFile {
         self.out.write_all(bytes).map_err(|e| self.io("write", e))
     }
 
+    fn write_at(&mut self, start: u64, bytes: &[u8]) -> Result<()> {
+        self.out.seek(SeekFrom::Start(start)).map_err(|e| self.io("write", e))?;
+        self.write(bytes)
+    }
+
     /// Flushes, syncs, renames, and syncs the folder.
     pub fn finish(mut self) -> Result<()> {
         self.out.flush().map_err(|e| self.io("write", e))?;
@@ -148,20 +153,24 @@ pub(crate) fn sync_folder(file: &Path) {
     }
 }
 
-/// Takes the data of a layout's tensors in order and makes the file appear whole.
+/// Takes the data of a layout's tensors, in order or each whole in any order, and makes the file appear whole.
 pub struct Writer {
     layout: Layout,
     out: PartFile,
     current: usize,
     written: u64,
+    data_start: u64,
+    placed: Vec<bool>,
 }
 
 impl Writer {
     /// Creates the temporary beside `target` and writes the header.
     pub fn create(target: &Path, mut layout: Layout) -> Result<Writer> {
         let mut out = PartFile::create(target, layout.file_bytes)?;
-        out.write(&std::mem::take(&mut layout.header))?;
-        Ok(Writer { layout, out, current: 0, written: 0 })
+        let header = std::mem::take(&mut layout.header);
+        out.write(&header)?;
+        let placed = vec![false; layout.tensors.len()];
+        Ok(Writer { layout, out, current: 0, written: 0, data_start: header.len() as u64, placed })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -188,9 +197,27 @@ impl Writer {
         Ok(())
     }
 
+    /// The whole of tensor `i`. A file takes its tensors this way, or all by `write`.
+    pub fn place(&mut self, i: usize, bytes: &[u8]) -> Result<()> {
+        let t = &self.layout.tensors[i];
+        let (n_bytes, start) = (t.n_bytes(), self.data_start + t.offset());
+        if n_bytes != bytes.len() as u64 || self.current > 0 || self.written > 0 {
+            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: n_bytes, got: bytes.len() as u64 });
+        }
+        let padding = n_bytes.next_multiple_of(self.layout.alignment) - n_bytes;
+        self.out.write_at(start, bytes)?;
+        self.out.write(&vec![0u8; padding as usize])?;
+        self.placed[i] = true;
+        Ok(())
+    }
+
     /// Completes the file. Errors if a tensor is missing.
     pub fn finish(self) -> Result<()> {
-        if let Some(t) = self.layout.tensors.get(self.current) {
+        let missing = match self.placed.contains(&true) {
+            true => self.placed.iter().position(|p| !p),
+            false => Some(self.current),
+        };
+        if let Some(t) = missing.and_then(|i| self.layout.tensors.get(i)) {
             return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: self.written });
         }
         self.out.finish()

@@ -7,6 +7,7 @@
 //! Memory is a few batches of at most [`BATCH`] weights, whatever the model's
 //! size; source pages are given back as they are passed.
 
+use crate::encode::gptq::Whole;
 use crate::encode::{self, Inputs, MatrixEncoder};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, Values};
@@ -57,7 +58,7 @@ pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, 
             Ok(writers)
         });
         let emit = |batch| send.send(batch).map_err(|_| Error::Cancelled);
-        let encoded = (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &pool, progress, &emit));
+        let encoded = (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &emit));
         drop(send);
         let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
         // A writer that failed closes the channel, so its error is the cause and comes first.
@@ -66,6 +67,46 @@ pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, 
         plan.check_source()?;
         Ok(writers.into_iter().try_for_each(Writer::finish)?)
     })
+}
+
+/// A conversion whose caller says which tensor comes next, and is given its bytes.
+pub struct Stepwise<'p> {
+    plan: &'p Plan,
+    writer: Writer,
+    pool: rayon::ThreadPool,
+}
+
+impl<'p> Stepwise<'p> {
+    pub fn begin(plan: &'p Plan, target: &Path, threads: usize) -> Result<Stepwise<'p>> {
+        refuse_overwriting_source(plan, target)?;
+        Ok(Stepwise { plan, pool: pool(threads)?, writer: Writer::create(target, plan.layout().clone())? })
+    }
+
+    /// The second moments' factors, on this conversion's workers.
+    pub fn factors(&self, sums: Vec<f32>, cols: usize) -> Whole {
+        self.pool.install(|| Whole::new(sums, cols))
+    }
+
+    /// Encodes tensor `name`, each part against its `wholes` where there are any, and writes it.
+    pub fn tensor(&mut self, name: &str, wholes: &[Option<Whole>], progress: &dyn Progress) -> Result<Vec<u8>> {
+        let layout = self.plan.layout();
+        let place = layout.tensors().iter().position(|t| t.name() == name);
+        let i = place.ok_or_else(|| gguf::Error::MissingTensor { tensor: name.to_owned() })?;
+        let bytes = std::cell::RefCell::new(Vec::with_capacity(layout.tensors()[i].n_bytes() as usize));
+        let emit = |batch: Vec<Vec<u8>>| {
+            batch.iter().for_each(|b| bytes.borrow_mut().extend_from_slice(b));
+            Ok(())
+        };
+        convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &emit)?;
+        let bytes = bytes.into_inner();
+        self.writer.place(i, &bytes)?;
+        Ok(bytes)
+    }
+
+    pub fn finish(self) -> Result<()> {
+        self.plan.check_source()?;
+        Ok(self.writer.finish()?)
+    }
 }
 
 /// Workers; 0: as many as the system grants.
@@ -92,6 +133,7 @@ fn convert_tensor(
     plan: &Plan,
     layouts: &[&Layout],
     i: usize,
+    wholes: &[Option<Whole>],
     pool: &rayon::ThreadPool,
     progress: &dyn Progress,
     emit: &dyn Fn(Vec<Vec<u8>>) -> Result<()>,
@@ -108,7 +150,7 @@ fn convert_tensor(
     // What is copied or stays a float needs no statistics.
     let rounded: Vec<_> = blocks.iter().filter(|b| copied(b).is_none() && !b.is_plain()).collect();
     let calibration = plan.calibration().filter(|_| !rounded.is_empty());
-    let by_blocks = rounded.iter().any(|b| encode::wants_blocks(b, calibration));
+    let by_blocks = wholes.is_empty() && rounded.iter().any(|b| encode::wants_blocks(b, calibration));
     let bad = (AtomicU64::new(0), AtomicU64::new(0));
     let n_parts = encode::n_parts(info);
     for part in 0..n_parts {
@@ -117,7 +159,13 @@ fn convert_tensor(
             .iter()
             .map(|block| match copied(block) {
                 Some(bytes) => Ok(Encoding::Copy(bytes)),
-                None => MatrixEncoder::new(block, cols, &inputs).map(Encoding::Encode),
+                None => {
+                    let encoder = MatrixEncoder::new(block, cols, &inputs)?;
+                    Ok(Encoding::Encode(match wholes.get(part) {
+                        Some(Some(whole)) => encoder.against(whole),
+                        _ => encoder,
+                    }))
+                }
             })
             .collect::<Result<Vec<_>>>()?;
         let at_once = encodings.iter().map(|e| if let Encoding::Encode(e) = e { e.rows_at_once(CHUNK) } else { CHUNK.div_ceil(cols) });

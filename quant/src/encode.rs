@@ -2,12 +2,14 @@
 //! weighs errors with an importance matrix, or by rounding against the second
 //! moment of the tensor's inputs (`hessian`).
 
+pub mod gptq;
 pub mod hessian;
 
 use crate::error::{Error, Result};
 use crate::statistics::{MIN_TOKENS, Statistics};
-use gguf::blocks::{self, BlockType, EncodeFn};
+use gguf::blocks::{self, BlockType, DecodeFn, EncodeFn};
 use gguf::{Layout, TensorInfo};
+use gptq::Whole;
 pub use hessian::ROWS;
 use hessian::{BLOCK, Factors};
 use rayon::prelude::*;
@@ -21,9 +23,13 @@ pub enum Method {
     Imatrix,
     /// Blocks of 256 columns' second moments.
     Hessian,
+    /// The whole second moment of each matrix of the layers, whose inputs are
+    /// those that the quantized layers below give; `Hessian` for the rest.
+    Gptq,
 }
 
-const NAMES: [(&str, Method); 3] = [("search", Method::Search), ("imatrix", Method::Imatrix), ("hessian", Method::Hessian)];
+const NAMES: [(&str, Method); 4] =
+    [("search", Method::Search), ("imatrix", Method::Imatrix), ("hessian", Method::Hessian), ("gptq", Method::Gptq)];
 
 impl Method {
     pub fn by_name(name: &str) -> Option<Method> {
@@ -103,7 +109,7 @@ fn grid_of(block: &BlockType) -> Option<EncodeRows> {
 
 /// Whether a type is rounded by blocks of second moments under a method.
 pub fn wants_blocks(block: &BlockType, calibration: Option<&Calibration>) -> bool {
-    calibration.is_some_and(|c| c.method == Method::Hessian) && grid_of(block).is_some()
+    calibration.is_some_and(|c| matches!(c.method, Method::Hessian | Method::Gptq)) && grid_of(block).is_some()
 }
 
 /// Whether errors can be weighed by blocks of second moments.
@@ -164,13 +170,26 @@ pub struct MatrixEncoder<'a> {
     cols: usize,
     block: &'static BlockType,
     inputs: &'a Inputs,
-    round: Option<(EncodeRows, &'a [Factors])>,
+    round: Option<(EncodeRows, Against<'a>)>,
+}
+
+/// The second moment that rows are rounded against.
+enum Against<'a> {
+    Blocks(&'a [Factors]),
+    Whole(&'a Whole, DecodeFn),
 }
 
 impl<'a> MatrixEncoder<'a> {
     pub fn new(block: &'static BlockType, cols: usize, inputs: &'a Inputs) -> Result<MatrixEncoder<'a>> {
         let plain = kernels::encode::encoder(block).ok_or(gguf::Error::CannotEncode { type_name: block.name })?;
-        Ok(MatrixEncoder { plain, cols, block, inputs, round: grid_of(block).zip(inputs.factors.as_deref()) })
+        let round = grid_of(block).zip(inputs.factors.as_deref().map(Against::Blocks));
+        Ok(MatrixEncoder { plain, cols, block, inputs, round })
+    }
+
+    /// Rounding against `whole` where the type can be.
+    pub fn against(self, whole: &'a Whole) -> MatrixEncoder<'a> {
+        let decode = kernels::encode::decoder(self.block);
+        MatrixEncoder { round: grid_of(self.block).zip(decode.map(|d| Against::Whole(whole, d))), ..self }
     }
 
     /// Rows that `encode` is best given at a time.
@@ -181,7 +200,8 @@ impl<'a> MatrixEncoder<'a> {
     /// Encodes whole rows.
     pub fn encode(&self, x: &[f32], out: &mut [u8]) {
         match (&self.round, &self.inputs.means) {
-            (Some((encode, factors)), _) => self.round(*encode, factors, x, out),
+            (Some((encode, Against::Blocks(factors))), _) => self.round(*encode, factors, x, out),
+            (Some((encode, Against::Whole(whole, decode))), _) => whole.encode((self.block, *encode, *decode), x, out),
             (None, Some(means)) if !self.block.is_plain() => (self.plain)(x, Some(&means.repeat(x.len() / self.cols)), out),
             _ => (self.plain)(x, None, out),
         }

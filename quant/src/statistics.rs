@@ -8,6 +8,9 @@
 //! which llama.cpp passes over. Matrices that share an input (q, k and v;
 //! gate and up) share its blocks, which bear the first one's name.
 //!
+//! The tokens themselves lie in `TOKENS`, [context, windows], for a method that
+//! runs the model again (`gptq`).
+//!
 //! What an error is worth is told by `SENSITIVITY`, one number a tensor named in
 //! the metadata's array of the same name: KL divergence in nats for a unit of
 //! eᵀ·H·e. Zeros mean not measured; they are written when the rest is complete.
@@ -27,22 +30,23 @@ use std::path::Path;
 
 const EMBEDDING: &str = "token_embd.weight";
 const ROW_BLOCKS: &str = "token_embd.weight.row_blocks";
+const TOKENS: &str = "gristmill.tokens";
 const SENSITIVITY: &str = "gristmill.sensitivity";
 
 /// Tokens below which what an expert has seen says too little to round by.
 pub const MIN_TOKENS: u64 = 256;
 
 /// Matrices of one role group that share an input.
-struct Group {
+pub(crate) struct Group {
     /// The first of `members` gives its name to the blocks.
-    members: Vec<String>,
-    cols: usize,
+    pub members: Vec<String>,
+    pub cols: usize,
     /// Experts, or 1.
-    parts: usize,
+    pub parts: usize,
 }
 
 impl Group {
-    fn owner(&self) -> &str {
+    pub fn owner(&self) -> &str {
         &self.members[0]
     }
 
@@ -61,7 +65,7 @@ const LAYER_GROUPS: [&[Role]; 6] = [
     &[Role::FfnDownExps],
 ];
 
-fn layer_groups(h: &Hparams, layer: u64) -> Vec<Group> {
+pub(crate) fn layer_groups(h: &Hparams, layer: u64) -> Vec<Group> {
     let group = |roles: &&[Role]| {
         let rules: Vec<_> = roles.iter().filter_map(|r| h.arch.rule(*r)).filter(|r| r.wanted(h) == Some(true)).collect();
         let dims = rules.first()?.dims(h);
@@ -98,14 +102,17 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// The file at `target` appears when the last group is written. `tied`: the embedding is the head.
-    pub fn create(target: &Path, h: &Hparams, tied: bool, text: &str, windows: usize, context: usize) -> Result<Collector> {
+    /// The file at `target` appears when the last group is written. `tied`: the embedding is the head;
+    /// `tokens`: windows of `context` of the text of that name.
+    pub fn create(target: &Path, h: &Hparams, tied: bool, text: &str, tokens: &[u32], context: usize) -> Result<Collector> {
+        let windows = tokens.len() / context;
+        let ids = gguf::blocks::by_name("I32").ok_or(gguf::Error::CannotEncode { type_name: "I32" })?;
         let mut metadata = Metadata::new();
         metadata.set_str("general.type", "imatrix");
         metadata.set("imatrix.datasets", Value::Array(gguf::Array::String(vec![text.to_owned()])));
         metadata.set_u32("imatrix.chunk_count", windows as u32);
         metadata.set_u32("imatrix.chunk_size", context as u32);
-        let mut tensors = Vec::new();
+        let mut tensors = vec![(TOKENS.to_owned(), vec![context as u64, windows as u64], ids)];
         for g in (0..h.n_layers).flat_map(|l| layer_groups(h, l)).chain([head_group(h, tied)]) {
             let (blocks, parts) = (gram::n_blocks(g.cols) * g.parts, g.parts as u64);
             tensors.push((format!("{}.in_blocks", g.owner()), vec![BLOCK as u64, BLOCK as u64, blocks as u64], &F32));
@@ -121,7 +128,8 @@ impl Collector {
         tensors.push((SENSITIVITY.to_owned(), vec![measurable.len() as u64], &F32));
         metadata.set(SENSITIVITY, Value::Array(gguf::Array::String(measurable)));
         tensors.push((ROW_BLOCKS.to_owned(), vec![BLOCK as u64, BLOCK as u64, embedding as u64], &F32));
-        let writer = Writer::create(target, Layout::new(metadata, tensors)?)?;
+        let mut writer = Writer::create(target, Layout::new(metadata, tensors)?)?;
+        writer.write(&tokens[..windows * context].iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
         let mut c = Collector {
             writer,
             hparams: h.clone(),
@@ -268,6 +276,13 @@ impl Statistics {
         let names = ModelFile::open(path)?.metadata().opt_strings(SENSITIVITY)?.unwrap_or_default().to_vec();
         let bytes: Vec<u8> = names.iter().flat_map(|n| (measured.get(n).copied().unwrap_or(0.0) as f32).to_le_bytes()).collect();
         Ok(gguf::edit::overwrite_tensor(path, SENSITIVITY, &bytes)?)
+    }
+
+    /// The tokens that the model read, and the length of their windows.
+    pub fn tokens(&self) -> Option<(Vec<u32>, usize)> {
+        let view = self.file.get(TOKENS).filter(|t| t.info.block().block_bytes == 4 && t.info.block().is_plain())?;
+        let context = *view.info.dims().first()? as usize;
+        Some((view.bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect(), context))
     }
 
     fn floats(&self, name: &str) -> Option<Vec<f32>> {

@@ -162,28 +162,9 @@ impl<'m> Layerwise<'m> {
     }
 
     /// Takes all windows through layer `i`, showing `observer` what its matrices are given.
-    pub fn layer(&mut self, pool: &Pool, i: usize, observer: &Mutex<dyn Observer + '_>, mut progress: impl FnMut()) -> Result<()> {
-        let h = self.model.hparams();
-        let hidden = h.hidden as usize;
+    pub fn layer(&mut self, pool: &Pool, i: usize, observer: &Mutex<dyn Observer + '_>, progress: impl FnMut()) -> Result<()> {
         let layer = &self.model.layers[i];
-        let mut window = vec![0.0; self.context * hidden];
-        // Mean of 1/rms² of the residual stream before attention and before the feed-forward network.
-        let (mut gain_attention, mut gain_ffn) = (0.0, 0.0);
-        let share = 1.0 / (self.n_windows * self.context) as f64;
-        let gains = |x: &[f32]| x.chunks_exact(hidden).map(|x| share / mean_square(x, h.rms_eps)).sum::<f64>();
-        for w in 0..self.n_windows {
-            self.states.read(w, &mut window)?;
-            self.runner.layer(pool, layer, &mut window, Some(observer), |norm, x| match norm {
-                Norm::Attention => gain_attention += gains(x),
-                Norm::FeedForward => gain_ffn += gains(x),
-            });
-            // NaN spreads, so the last value tells whether anything went wrong on the way.
-            if !window[window.len() - hidden..].iter().all(|v| v.is_finite()) {
-                return Err(Error::NotFinite { position: self.context - 1 });
-            }
-            self.states.write(w, &window)?;
-            progress();
-        }
+        let [gain_attention, gain_ffn] = self.pass(pool, layer, Some(observer), true, progress)?;
         let a = &layer.attention;
         self.show_readers(pool, &[&a.q, &a.k, &a.v], &a.norm, gain_attention, observer);
         let readers: Vec<&Weight> = match &layer.feed_forward {
@@ -192,6 +173,63 @@ impl<'m> Layerwise<'m> {
         };
         self.show_readers(pool, &readers, &layer.ffn_norm, gain_ffn * 2.0 / readers.len() as f64, observer);
         Ok(())
+    }
+
+    /// As `layer`, but the windows stay where they are.
+    pub fn observe(&mut self, pool: &Pool, i: usize, observer: &Mutex<dyn Observer + '_>, progress: impl FnMut()) -> Result<()> {
+        self.pass(pool, &self.model.layers[i], Some(observer), false, progress).map(|_| ())
+    }
+
+    /// Takes all windows through layer `i`, those of its matrices replaced that `stand_in` gives another for.
+    pub fn advance<E: From<Error>>(
+        &mut self,
+        pool: &Pool,
+        i: usize,
+        mut stand_in: impl FnMut(&Weight) -> std::result::Result<Option<Weight>, E>,
+        progress: impl FnMut(),
+    ) -> std::result::Result<(), E> {
+        let mut layer = self.model.layers[i].clone();
+        for w in layer.matrices_mut() {
+            if let Some(other) = stand_in(w)? {
+                *w = other;
+            }
+        }
+        self.pass(pool, &layer, None, true, progress)?;
+        Ok(())
+    }
+
+    /// All windows through `layer`, kept or not. Returns the mean of 1/rms² of
+    /// the residual stream before attention and before the feed-forward network.
+    fn pass(
+        &mut self,
+        pool: &Pool,
+        layer: &Layer,
+        observer: Option<&Mutex<dyn Observer + '_>>,
+        keep: bool,
+        mut progress: impl FnMut(),
+    ) -> Result<[f64; 2]> {
+        let h = self.model.hparams();
+        let hidden = h.hidden as usize;
+        let mut window = vec![0.0; self.context * hidden];
+        let mut means = [0.0; 2];
+        let share = 1.0 / (self.n_windows * self.context) as f64;
+        let gains = |x: &[f32]| x.chunks_exact(hidden).map(|x| share / mean_square(x, h.rms_eps)).sum::<f64>();
+        for w in 0..self.n_windows {
+            self.states.read(w, &mut window)?;
+            self.runner.layer(pool, layer, &mut window, observer, |norm, x| match norm {
+                Norm::Attention => means[0] += gains(x),
+                Norm::FeedForward => means[1] += gains(x),
+            });
+            // NaN spreads, so the last value tells whether anything went wrong on the way.
+            if !window[window.len() - hidden..].iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { position: self.context - 1 });
+            }
+            if keep {
+                self.states.write(w, &window)?;
+            }
+            progress();
+        }
+        Ok(means)
     }
 
     /// Shows matrices that read the residual stream through a norm. An error e

@@ -75,7 +75,7 @@ pub fn calibrate(file: &Path, tokens: &[u32], context: usize, folder: &Folder) -
     let target = folder.file("stats.gguf");
     let mut layers = runtime::layerwise::Layerwise::new(&model, tokens, context, Path::new(".")).unwrap();
     let tied = model.file().get("output.weight").is_none();
-    let collector = quant::statistics::Collector::create(&target, model.hparams(), tied, "a test", layers.n_windows(), context).unwrap();
+    let collector = quant::statistics::Collector::create(&target, model.hparams(), tied, "a test", tokens, context).unwrap();
     let collector = std::sync::Mutex::new(collector);
     let done: Result<(), Box<dyn std::error::Error>> =
         layers.run(&kernels::Pool::new(2), &collector, || (), |c: &mut quant::statistics::Collector| Ok(c.write()?));

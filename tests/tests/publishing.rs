@@ -68,6 +68,41 @@ fn budgets_are_kept_and_better_spent() {
     fails(&["calibrate", path(&f16), "-f", path(&text), "-o", path(&out), "--sensitivity", "100"], &["--sensitivity 100", "512"]);
 }
 
+/// Layer by layer against whole second moments: far better than the search, the same bytes whatever the threads.
+#[test]
+fn gptq_rounds_by_what_the_layers_below_give() {
+    let folder = Folder::new("gptq");
+    let f16 = convert(&demo(), "F16", &folder);
+    let (stats, text) = (folder.file("stats.gguf"), demo().join("calibration.txt"));
+    ok(&["calibrate", path(&f16), "-f", path(&text), "-o", path(&stats), "--tokens", "8192"]);
+    let quantize = |method: &str, threads: &str| {
+        let out = folder.file(&format!("{method}-{threads}.gguf"));
+        let calibrated = ["quantize", path(&f16), "-t", "Q4_K_S", "--calibration", path(&stats), "--method", method];
+        ok(&[&calibrated[..], &["--threads", threads, "-o", path(&out)]].concat());
+        out
+    };
+    let (hessian, one, three) = (quantize("hessian", "2"), quantize("gptq", "1"), quantize("gptq", "3"));
+    assert!(std::fs::read(&one).unwrap() == std::fs::read(&three).unwrap());
+    assert_eq!(size(&one), size(&hessian));
+    let [one_diverges, by_blocks, plain] = [&one, &hessian, &quantize("search", "2")].map(|f| divergence(f, &f16));
+    println!("gptq: {:.3} of the divergence by blocks, {:.3} of the search's", one_diverges / by_blocks, one_diverges / plain);
+    // Three windows tell apart what differs by 5 % or more.
+    assert!(one_diverges < 1.1 * by_blocks && one_diverges < 0.7 * plain);
+    ok(&["verify", path(&one)]);
+    let wants = [&["quantize", path(&f16), "-t", "Q4_K_S", "--method", "gptq"][..], &["--calibration", path(&stats)]].concat();
+    fails(&[&wants[..], &["--max-memory", "162MiB", "-o", path(&one)]].concat(), &["gptq needs", "--method hessian"]);
+
+    // Experts, some of which see too few tokens, and statistics of another model.
+    let moe = tests::fixture("mixtral-8x");
+    if moe.exists() {
+        let (file, out) = (convert(&moe, "F32", &folder), folder.file("moe.gguf"));
+        let tokens: Vec<u32> = (0..4096u32).map(|i| (i * 37 + i * i / 11) % 512).collect();
+        let stats = tests::calibrate(&file, &tokens, 128, &folder);
+        ok(&["quantize", path(&file), "-t", "Q4_0", "--calibration", path(&stats), "--method", "gptq", "-o", path(&out)]);
+        ok(&["run", path(&out), "-p", "a", "-n", "4"]);
+    }
+}
+
 /// A tensor that is the same costs nothing; the shares of a quantized file add up to about what it diverges by.
 #[test]
 fn blame_adds_up() {

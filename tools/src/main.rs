@@ -3,6 +3,7 @@
 
 mod commands;
 mod common;
+mod gptq;
 mod release;
 
 use clap::{CommandFactory, Parser, Subcommand};

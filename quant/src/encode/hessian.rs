@@ -54,7 +54,7 @@ pub struct Factors {
 }
 
 /// An n × n matrix in panels of PANEL columns, so that a pull reads one stream.
-struct Panels {
+pub(super) struct Panels {
     n: usize,
     values: Vec<[f32; PANEL]>,
 }
@@ -65,6 +65,12 @@ impl Panels {
         Panels { n, values: (0..n / PANEL).flat_map(panel).collect() }
     }
 
+    /// Of the transpose of a whole block, given by rows.
+    pub fn transposed(rows: &[[f32; BLOCK]]) -> Panels {
+        let panel = |p: usize| (0..BLOCK).map(move |k| std::array::from_fn(|i| rows[p * PANEL + i][k]));
+        Panels { n: BLOCK, values: (0..BLOCK / PANEL).flat_map(panel).collect() }
+    }
+
     /// The rows of the panel that begins at column `first`.
     #[inline(always)]
     fn of(&self, first: usize) -> &[[f32; PANEL]] {
@@ -72,7 +78,7 @@ impl Panels {
     }
 
     #[inline(always)]
-    fn at(&self, row: usize, column: usize) -> f32 {
+    pub fn at(&self, row: usize, column: usize) -> f32 {
         self.of(column)[row][column % PANEL]
     }
 }
@@ -80,17 +86,28 @@ impl Panels {
 impl Factors {
     /// `moment`: 256 × 256, of which n × n count; finite.
     pub fn new(moment: &[f32], n: usize) -> Factors {
-        let mut h: Vec<f64> = (0..n * n).map(|i| f64::from(moment[i / n * BLOCK + i % n])).collect();
-        let mean = (0..n).map(|i| h[i * n + i]).sum::<f64>() / n as f64;
+        let mean = (0..n).map(|i| f64::from(moment[i * (BLOCK + 1)])).sum::<f64>() / n as f64;
         // Where nothing was ever seen every rounding is as good; ones make it the nearest.
         let ridge = if mean > 0.0 { DAMPING * mean } else { 1.0 };
-        (0..n).for_each(|i| h[i * n + i] += ridge);
+        let mut damped = moment.to_vec();
+        (0..n).for_each(|i| damped[i * (BLOCK + 1)] += ridge as f32);
+        Factors::damped(&damped, n, ridge)
+    }
+
+    /// Of a moment whose diagonal has been raised by `ridge`.
+    pub(super) fn damped(moment: &[f32], n: usize, ridge: f64) -> Factors {
+        let h: Vec<f64> = (0..n * n).map(|i| f64::from(moment[i / n * BLOCK + i % n])).collect();
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|&a, &b| h[b * n + b].total_cmp(&h[a * n + a]).then(a.cmp(&b)));
         let mut m: Vec<f64> = order.iter().flat_map(|&i| order.iter().map(move |&j| (i, j))).map(|(i, j)| h[i * n + j]).collect();
         kernels::isa::run(Decompose { a: &mut m, n, least: ridge });
         let ones = h.chunks_exact(MIN_SUB).map(|part| part.iter().sum::<f64>() as f32).collect();
         Factors { n, h: Panels::new(&h, n), m: Panels::new(&m, n), order, ones }
+    }
+
+    #[cfg(test)]
+    pub(super) fn h(&self, row: usize, column: usize) -> f32 {
+        self.h.at(row, column)
     }
 
     pub fn diagonal(&self) -> impl Iterator<Item = f32> {
@@ -502,4 +519,29 @@ fn pull<I: Isa>(isa: I, panel: &[[f32; PANEL]], e: &[Lane]) -> [I::Float; PANEL]
         }
     }
     sums
+}
+
+/// out\[j\] += Σ_k m\[k\]\[j\] · e\[k\] for the columns j of a whole block.
+pub(super) fn pull_into(m: &Panels, e: &[Lane], out: &mut [Lane]) {
+    kernels::isa::run(PullInto { m, e, out });
+}
+
+struct PullInto<'a> {
+    m: &'a Panels,
+    e: &'a [Lane],
+    out: &'a mut [Lane],
+}
+
+impl Op for PullInto<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (p, out) in self.out.chunks_exact_mut(PANEL).enumerate() {
+            let sums = pull(isa, self.m.of(p * PANEL), self.e);
+            for (out, sum) in out.iter_mut().zip(sums) {
+                isa.store_float(isa.mul_add(sum, isa.splat(1.0), isa.load_float(out)), out);
+            }
+        }
+    }
 }

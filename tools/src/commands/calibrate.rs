@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// The type a checkpoint is converted to for calibration: what publishers ship, bit for bit.
-const SOURCE_TYPE: &str = "BF16";
+pub const SOURCE_TYPE: &str = "BF16";
 /// Fewer tokens than this say more about the text than about the model.
 const FEWEST_TOKENS: usize = 4096;
 
@@ -122,7 +122,7 @@ fn gather(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<usize>
     let mut layers = Layerwise::new(model, tokens, a.ctx, folder_of(&a.output))?;
     let name = a.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let tied = model.file().get("output.weight").is_none();
-    let collector = Collector::create(&a.output, h, tied, &name, layers.n_windows(), a.ctx)?;
+    let collector = Collector::create(&a.output, h, tied, &name, tokens, a.ctx)?;
     let observer = Mutex::new(collector);
     let bar = common::step_bar((h.n_layers + 1) * layers.n_windows() as u64, "window");
     layers.run(pool, &observer, || bar.inc(1), |c: &mut Collector| c.write().map_err(anyhow::Error::from))?;

@@ -82,7 +82,8 @@ enum Kind {
 
 pub fn run(a: Args) -> Result<()> {
     let kinds = a.types.iter().map(|t| Ok((t.clone(), kind(t)?))).collect::<Result<Vec<_>>>()?;
-    let method = Method::by_name(&a.method).with_context(|| format!("--method {} is unknown; use search, imatrix or hessian", a.method))?;
+    let method = Method::by_name(&a.method).filter(|m| *m != Method::Gptq);
+    let method = method.with_context(|| format!("--method {} is not for a release; use search, imatrix or hessian", a.method))?;
     let evaluation = common::read_text(&a.eval)?;
     let calibration = common::read_text(&a.calibration)?;
     if evaluation == calibration {

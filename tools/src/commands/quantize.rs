@@ -1,6 +1,7 @@
 //! grist quantize
 
 use crate::common;
+use crate::gptq;
 use crate::release::card;
 use anyhow::{Context, Result, bail};
 use quant::budget::Target;
@@ -26,7 +27,7 @@ pub struct Args {
     /// Statistics of `grist calibrate`, or a GGUF imatrix of llama.cpp
     #[arg(long, value_name = "STATS")]
     calibration: Option<PathBuf>,
-    /// search (no statistics), imatrix or hessian [default: the best that STATS allows]
+    /// search (no statistics), imatrix, hessian, or gptq, which runs the model again layer by layer and so takes longer [default: hessian where STATS allows it]
     #[arg(long, value_name = "METHOD")]
     method: Option<String>,
     /// Choose each tensor's type so that the file is at most this large, such as 13GB, and its error least
@@ -96,7 +97,10 @@ pub fn run(a: Args) -> Result<()> {
     if let Some(parent) = output.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
         bail!("the folder {} does not exist; create it first", parent.display());
     }
-    let seconds = common::quantize_to(&plan, &output, a.threads)?;
+    let seconds = match plan.calibration().is_some_and(|c| c.method == Method::Gptq) {
+        true => gptq::quantize(&a.src, &plan, &output, a.threads, (needed, a.max_memory))?,
+        false => common::quantize_to(&plan, &output, a.threads)?,
+    };
     eprintln!(
         "grist: {} written: {} in {seconds:.1} s ({:.2} GB/s read)",
         output.display(),
@@ -161,9 +165,9 @@ fn calibration(path: &Path, method: Option<&str>) -> Result<Calibration> {
     let method = match method {
         None if statistics.has_blocks() => Method::Hessian,
         None => Method::Imatrix,
-        Some(name) => Method::by_name(name).with_context(|| format!("--method {name} is unknown; use search, imatrix or hessian"))?,
+        Some(name) => Method::by_name(name).with_context(|| format!("--method {name} is unknown; use search, imatrix, hessian or gptq"))?,
     };
-    if method == Method::Hessian && !statistics.has_blocks() {
+    if matches!(method, Method::Hessian | Method::Gptq) && !statistics.has_blocks() {
         bail!("{} holds an importance matrix only; use --method imatrix, or make it with `grist calibrate`", path.display());
     }
     Ok(Calibration { statistics, method })
