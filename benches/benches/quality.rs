@@ -27,7 +27,6 @@ mod with_ggml {
     use quant::statistics::{Collector, Statistics};
     use runtime::Model;
     use runtime::layerwise::Layerwise;
-    use runtime::tokenizer::{EncodeOptions, Tokenizer};
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
     use std::sync::Mutex;
@@ -35,12 +34,8 @@ mod with_ggml {
     const CONTEXT: usize = 512;
 
     fn windows(model: &Model, text: &Path) -> Vec<u32> {
-        let tokenizer = Tokenizer::from_metadata(model.file().metadata()).expect("tokenizer");
         let text = std::fs::read_to_string(text).expect("text");
-        let mut tokens = tokenizer.encode(&text, EncodeOptions { add_special: true, parse_special: false }).expect("tokens");
-        tokens.truncate(tokens.len() / CONTEXT * CONTEXT);
-        tokens.chunks_mut(CONTEXT).for_each(|w| w[0] = tokenizer.bos.expect("BOS"));
-        tokens
+        runtime::perplexity::windows(model, &text, CONTEXT, 0).expect("windows").concat()
     }
 
     /// Log-probabilities of the scored half of each window, by llama.cpp.

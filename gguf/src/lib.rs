@@ -30,4 +30,4 @@ pub use mmap::Mapping;
 pub use model_file::{ModelFile, TensorView};
 pub use tensor_info::TensorInfo;
 pub use value::{Array, Metadata, Value};
-pub use writer::{Layout, Writer};
+pub use writer::{Layout, PartFile, Writer};

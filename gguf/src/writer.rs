@@ -87,8 +87,8 @@ pub(crate) fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[Te
     Ok(())
 }
 
-/// A file that bears its name only once it is whole and synced.
-pub(crate) struct PartFile {
+/// A file that bears its name only once it is whole and synced; its temporary goes if this is dropped before.
+pub struct PartFile {
     out: BufWriter<File>,
     part: PathBuf,
     target: PathBuf,
@@ -98,6 +98,7 @@ pub(crate) struct PartFile {
 }
 
 impl PartFile {
+    /// `needed`: bytes of the whole, for messages.
     pub fn create(target: &Path, needed: u64) -> Result<PartFile> {
         let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         if target.is_dir() || name.is_empty() {

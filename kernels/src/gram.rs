@@ -35,6 +35,11 @@ pub fn pair(a: usize, b: usize) -> usize {
     b * (b + 1) / 2 + a
 }
 
+/// All of the first `n` blocks' pairs, each at its place.
+pub fn pairs(n: usize) -> Vec<(usize, usize)> {
+    (0..n).flat_map(|b| (0..=b).map(move |a| (a, b))).collect()
+}
+
 /// Adds the tokens' products to `sums` (the diagonal's blocks × 256 × 256, of
 /// which their diagonal and what is right of it count), `x` being rows of `cols` values.
 pub fn accumulate(pool: &Pool, x: &[f32], cols: usize, sums: &mut [f32]) {
@@ -43,7 +48,7 @@ pub fn accumulate(pool: &Pool, x: &[f32], cols: usize, sums: &mut [f32]) {
 
 /// The same for all blocks on and right of the diagonal.
 pub fn accumulate_all(pool: &Pool, x: &[f32], cols: usize, sums: &mut [f32]) {
-    add(pool, x, cols, sums, (0..n_blocks(cols)).flat_map(|b| (0..=b).map(move |a| (a, b))).collect());
+    add(pool, x, cols, sums, pairs(n_blocks(cols)));
 }
 
 fn add(pool: &Pool, x: &[f32], cols: usize, sums: &mut [f32], blocks: Vec<(usize, usize)>) {

@@ -19,7 +19,7 @@ use crate::encode::{Calibration, Inputs, MatrixEncoder, ROWS, n_parts, wants_any
 use crate::error::{Error, Result};
 use crate::mix;
 use crate::plan::{Plan, Values};
-use gguf::{BlockType, Hparams, Layout, ModelFile, TensorInfo, Value, blocks};
+use gguf::{BlockType, Layout, ModelFile, TensorInfo, Value, blocks};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -134,10 +134,7 @@ fn measure_rows(
     }
     let costs = candidates
         .iter()
-        .map(|block| {
-            let (_, cost) = encode_and_measure(block, cols, inputs, &x)?;
-            Ok(cost)
-        })
+        .map(|block| encode_and_measure(block, cols, inputs, &x).map(|measured| measured.1))
         .collect::<Result<Vec<_>>>()?;
     Ok((costs, inputs.cost(&x, cols)))
 }
@@ -186,7 +183,7 @@ pub fn apply(plan: Plan, choices: &[Choices], target: Target) -> Result<(Plan, f
 
 /// The layout of `apply`.
 pub fn layout(plan: &Plan, choices: &[Choices], target: Target) -> Result<(Layout, f64)> {
-    let tied = is_tied(plan);
+    let tied = plan.is_tied();
     let counts = |name: &str| !matches!(target, Target::DeviceBytes(_)) || tied || name != "token_embd.weight";
     let measured = plan.calibration().is_some_and(|c| c.statistics.has_sensitivities());
     let by_name: HashMap<&str, &Choices> = choices.iter().map(|c| (c.tensor.as_str(), c)).collect();
@@ -236,15 +233,14 @@ fn retyped(plan: &Plan, types: &HashMap<String, &'static BlockType>) -> Result<L
 
 /// The choices of the standard mix of most bytes within `limit`; None if none fits.
 fn largest_mix(plan: &Plan, choices: &[Choices], counts: &dyn Fn(&str) -> bool, limit: u64) -> Result<Option<Vec<usize>>> {
-    let h = Hparams::from_metadata(plan.layout().metadata())?;
-    let tied = is_tied(plan);
-    let row_lens: HashMap<&str, u64> = plan.layout().tensors().iter().map(|t| (t.name(), t.row_len())).collect();
     let mut best: Option<(u64, Vec<usize>)> = None;
     // The mixes of 32-value types are no better than those of K-quants at any size.
     for mix in mix::TABLE.iter().filter(|m| m.default.block_len == 256) {
-        let pick = |c: &Choices| {
-            let wanted = mix.type_of(&c.tensor, row_lens[c.tensor.as_str()], &h, tied, plan.calibration().is_some());
-            if c.choices.len() == 1 { Some(0) } else { c.choices.iter().position(|o| o.block == wanted) }
+        let layout = plan.layout_as(mix, &[])?;
+        let types: HashMap<&str, &BlockType> = layout.tensors().iter().map(|t| (t.name(), t.block())).collect();
+        let pick = |c: &Choices| match c.choices.len() {
+            1 => Some(0),
+            _ => c.choices.iter().position(|o| o.block == types[c.tensor.as_str()]),
         };
         let Some(picked) = choices.iter().map(pick).collect::<Option<Vec<usize>>>() else { continue };
         let bytes = choices.iter().zip(&picked).filter(|(c, _)| counts(&c.tensor)).map(|(c, &k)| c.choices[k].bytes).sum();
@@ -253,10 +249,6 @@ fn largest_mix(plan: &Plan, choices: &[Choices], counts: &dyn Fn(&str) -> bool, 
         }
     }
     Ok(best.map(|b| b.1))
-}
-
-fn is_tied(plan: &Plan) -> bool {
-    !plan.layout().tensors().iter().any(|t| t.name() == "output.weight")
 }
 
 /// `plan` with each tensor's type as the file at `path` has it: in its recipe, or else its tensors.

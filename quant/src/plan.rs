@@ -115,15 +115,17 @@ impl Plan {
     /// The layout of the same tensors under another mix.
     pub fn layout_as(&self, mix: &Mix, overrides: &[Override]) -> Result<Layout> {
         let h = Hparams::from_metadata(self.layout.metadata())?;
-        let tied = !self.layout.tensors().iter().any(|t| t.name() == "output.weight");
-        let has_importance = self.calibration.as_ref().is_some_and(|c| c.method != Method::Search);
+        let (tied, importance) = (self.is_tied(), has_importance(&self.calibration));
         let type_of = |t: &TensorInfo| match mix::is_quantizable(t.name(), t.dims().len()) {
-            true => type_in(mix, overrides, t.name(), t.row_len(), &h, tied, has_importance),
+            true => type_in(mix, overrides, t.name(), t.row_len(), &h, tied, importance),
             false => t.block(),
         };
-        let layout = self.layout_with(type_of, |m| m.set_u32("general.file_type", mix.file_type))?;
-        self.calibration.as_ref().map_or(Ok(vec![]), |c| c.check(&layout))?;
-        Ok(layout)
+        self.layout_with(type_of, |m| m.set_u32("general.file_type", mix.file_type))
+    }
+
+    /// Whether the embedding is the head too.
+    pub(crate) fn is_tied(&self) -> bool {
+        !self.layout.tensors().iter().any(|t| t.name() == "output.weight")
     }
 
     /// An error if a file of the source is not what it was when this plan was made.
@@ -323,9 +325,12 @@ fn choose(name: &str, dims: &[u64], h: &Hparams, tied: bool, options: &ConvertOp
     if !mix::is_quantizable(name, dims.len()) {
         return &F32;
     }
-    // llama-quantize chooses some types otherwise where it has an importance matrix.
-    let has_importance = options.calibration.as_ref().is_some_and(|c| c.method != Method::Search);
-    type_in(options.mix, &options.overrides, name, dims[0], h, tied, has_importance)
+    type_in(options.mix, &options.overrides, name, dims[0], h, tied, has_importance(&options.calibration))
+}
+
+/// llama-quantize chooses some types otherwise where it has an importance matrix.
+fn has_importance(calibration: &Option<Calibration>) -> bool {
+    calibration.as_ref().is_some_and(|c| c.method != Method::Search)
 }
 
 fn type_in(

@@ -64,10 +64,19 @@ impl<'m> Blame<'m> {
     }
 
     /// Passes of a layer that `run` takes, for a progress bar.
-    pub fn n_passes(&self, n_tensors_of_layer: usize) -> u64 {
-        let n = self.model.layers.len() as u64;
-        let windows = (self.tokens.len() / self.context) as u64;
-        windows * (n * (n + 1) / 2 * n_tensors_of_layer as u64 + 2 * n)
+    pub fn n_passes(&self) -> u64 {
+        let n = self.model.layers.len();
+        // The embedding alone and the model as it is pass all layers; a tensor its own and those above.
+        let of_tensors: usize = (0..n).map(|l| self.tensors_of(l).len() * (n - l)).sum();
+        (self.tokens.len() / self.context * (of_tensors + 2 * n)) as u64
+    }
+
+    /// Names of a layer's matrices, experts as one.
+    fn tensors_of(&self, layer: usize) -> Vec<String> {
+        let mut names: Vec<String> = self.model.layers[layer].matrices().iter().map(|w| w.tensor().0.to_owned()).collect();
+        names.sort();
+        names.dedup();
+        names
     }
 
     /// Measures every matrix that `stand_in` gives another for, all experts of
@@ -91,10 +100,7 @@ impl<'m> Blame<'m> {
             progress((n_layers * states.len()) as u64);
         }
         for l in 0..n_layers {
-            let mut names: Vec<String> = model.layers[l].matrices().iter().map(|w| w.tensor().0.to_owned()).collect();
-            names.sort();
-            names.dedup();
-            for name in names {
+            for name in self.tensors_of(l) {
                 let mut layer = model.layers[l].clone();
                 let mut replaced = false;
                 for w in layer.matrices_mut().into_iter().filter(|w| w.tensor().0 == name) {
@@ -123,8 +129,7 @@ impl<'m> Blame<'m> {
         let window = |tokens: &[u32]| {
             let mut x = vec![0.0; tokens.len() * hidden];
             for (t, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
-                let start = *t as usize * embedding.row_bytes();
-                embedding.decode(&embedding.bytes()[start..start + embedding.row_bytes()], row);
+                embedding.read_rows(*t as usize, row);
             }
             x
         };

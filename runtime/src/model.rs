@@ -32,13 +32,19 @@ enum Storage {
 }
 
 impl Weight {
-    pub fn row_bytes(&self) -> usize {
+    pub(crate) fn row_bytes(&self) -> usize {
         self.row_bytes
     }
 
     /// Whole rows of `bytes` as floats.
-    pub fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+    pub(crate) fn decode(&self, bytes: &[u8], out: &mut [f32]) {
         (self.decode)(bytes, out);
+    }
+
+    /// Whole rows from row `first` on as floats, as many as `out` holds.
+    pub fn read_rows(&self, first: usize, out: &mut [f32]) {
+        let n = out.len() / self.plan.cols();
+        self.decode(&self.bytes()[first * self.row_bytes..(first + n) * self.row_bytes], out);
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -189,9 +195,7 @@ impl Model {
         if id as usize >= self.vocab() {
             return Err(Error::BadToken { id, vocab: self.vocab() });
         }
-        let w = &self.embedding;
-        let start = id as usize * w.row_bytes;
-        w.decode(&w.bytes()[start..start + w.row_bytes], out);
+        self.embedding.read_rows(id as usize, out);
         Ok(())
     }
 

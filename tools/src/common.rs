@@ -242,6 +242,18 @@ fn utf8(bytes: Vec<u8>, what: &str) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| anyhow::anyhow!("{what} is not UTF-8 at byte {}; convert it first", e.utf8_error().valid_up_to()))
 }
 
+/// The folder that a file lies in.
+pub fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What files made of a model are named after: its folder, or the file without its ending.
+pub fn name_of(source: &Path) -> String {
+    let full = source.canonicalize().unwrap_or_else(|_| source.to_owned());
+    let name = if full.is_dir() { full.file_name() } else { full.file_stem() };
+    name.map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into())
+}
+
 /// A line for each key that differs.
 pub fn metadata_changes(before: &Metadata, after: &Metadata) -> Vec<String> {
     /// Longest value shown whole.

@@ -47,9 +47,8 @@ pub fn quantize(src: &Path, plan: &Plan, target: &Path, threads: usize, memory: 
     for note in &plan.notes {
         eprintln!("grist: note: {note}");
     }
-    let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let pool = Pool::new(threads);
-    let mut layers = Layerwise::new(&model, &tokens, context, folder)?;
+    let mut layers = Layerwise::new(&model, &tokens, context, common::folder_of(target))?;
     let mut conversion = Stepwise::begin(plan, target, threads)?;
     let moments = Mutex::new(Moments::new(h));
     let weights = plan.total_weights();

@@ -5,10 +5,11 @@ pub mod card;
 pub mod plot;
 
 use anyhow::{Context, Result};
+use gguf::PartFile;
 use quant::Stamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
 pub const MANIFEST: &str = "manifest.json";
@@ -111,14 +112,9 @@ impl Manifest {
 
 /// Writes a file that bears its name only once it is whole.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let part = path.with_file_name(format!(".{}.{}.part", file_name(path), std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut f = std::fs::File::create(&part)?;
-        f.write_all(text.as_bytes())?;
-        f.sync_all()?;
-        std::fs::rename(&part, path)
-    };
-    write().inspect_err(|_| drop(std::fs::remove_file(&part))).with_context(|| format!("cannot write {}", path.display()))
+    let mut out = PartFile::create(path, text.len() as u64)?;
+    out.write(text.as_bytes())?;
+    Ok(out.finish()?)
 }
 
 pub fn sha256_of_file(path: &Path) -> Result<String> {

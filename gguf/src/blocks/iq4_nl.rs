@@ -3,7 +3,7 @@
 
 use super::legacy::{as_block, f16_at, pack_nibbles, put_f16};
 use super::rounding::{inverse, round_to_f16};
-use super::searched::{LANES, Lane, each_sixteen};
+use super::searched::{Lane, each_sixteen, fit_levels};
 use super::{Codec, Encode, Grid};
 
 /// The format's table, denser near zero.
@@ -73,46 +73,14 @@ pub fn index(level: f32) -> u8 {
     (1..16).map(|i| u8::from(level > 0.5 * (LEVELS[i - 1] + LEVELS[i]))).sum()
 }
 
-/// For each lane the d of least Σ ω (x − d·level)²: the value of largest
-/// magnitude near either end of the table, eleven places for each, and the
-/// least-squares d of the best.
+/// For each lane the best d with the value of largest magnitude near either end of the table, eleven places for each.
 #[inline(always)]
 pub fn fit(x: &[Lane; 32], w: &[Lane; 32]) -> Lane {
-    let (mut peak, mut wx) = ([0.0f32; LANES], [[0.0f32; LANES]; 32]);
-    for j in 0..32 {
-        for l in 0..LANES {
-            let v = x[j][l];
-            peak[l] = if v.abs() > peak[l].abs() { v } else { peak[l] };
-            wx[j][l] = w[j][l] * v;
-        }
+    let mut ends = [0.0; 22];
+    for (i, end) in ends.iter_mut().enumerate() {
+        *end = if i < 11 { LEVELS[0] + 1.6 * (i as f32 - 5.0) } else { LEVELS[15] + 1.6 * (i as f32 - 16.0) };
     }
-    let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
-    for step in 0..22 {
-        let end = if step < 11 { LEVELS[0] + 1.6 * (step - 5) as f32 } else { LEVELS[15] + 1.6 * (step - 16) as f32 };
-        let mut inv = [0.0f32; LANES];
-        for l in 0..LANES {
-            inv[l] = end * if peak[l].abs() > 1e-15 { 1.0 / peak[l] } else { 0.0 };
-        }
-        let (mut qx, mut qq) = ([0.0f32; LANES], [0.0f32; LANES]);
-        for j in 0..32 {
-            for l in 0..LANES {
-                let q = nearest_level(inv[l] * x[j][l]);
-                qx[l] += wx[j][l] * q;
-                qq[l] += w[j][l] * q * q;
-            }
-        }
-        for l in 0..LANES {
-            // The error falls by qx²/qq; NaN where nothing weighs anything, which loses.
-            let gain = qx[l] * qx[l] / qq[l];
-            if gain > best[l] {
-                (best[l], scale[l]) = (gain, qx[l] / qq[l]);
-            }
-        }
-    }
-    for l in 0..LANES {
-        scale[l] = if peak[l].abs() > 1e-15 { scale[l] } else { 0.0 };
-    }
-    scale
+    fit_levels(x, w, &ends, nearest_level)
 }
 
 impl Grid for Iq4Nl {

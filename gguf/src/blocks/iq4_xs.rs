@@ -5,8 +5,8 @@
 
 use super::iq4_nl::{VALUES, fit, index, nearest_level};
 use super::legacy::{as_block, f16_at, pack_nibbles, put_f16};
-use super::rounding::{clamp, inverse, nearest, round_to_f16};
-use super::searched::{LANES, Lane, each_sixteen};
+use super::rounding::{inverse, nearest};
+use super::searched::{each_sixteen, integer_scales};
 use super::{Codec, Encode, Grid, Scales, Step};
 
 pub struct Iq4Xs;
@@ -49,8 +49,7 @@ impl Codec for Iq4Xs {
 const SUBS: usize = 8;
 
 impl Encode for Iq4Xs {
-    /// Each sub-block's scale by IQ4_NL's search; then, with the real d, the
-    /// integer scales around the rounded one compete, and d is re-fitted once.
+    /// Each sub-block's scale by IQ4_NL's search, then integers of a common d.
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
         each_sixteen(values, importance, |x, w, block, n| {
@@ -58,7 +57,7 @@ impl Encode for Iq4Xs {
             for half in 0..n / SUBS {
                 let lanes = SUBS * half..SUBS * (half + 1);
                 let b = &mut out[136 * (block / SUBS + half)..136 * (block / SUBS + half + 1)];
-                let (d, scales) = integer_scales(x, w, &s, lanes.clone());
+                let (d, scales) = integer_scales::<32, -32, 31>(x, w, &s, lanes.clone(), nearest_level);
                 b[..8].fill(0);
                 put_f16(b, 0, d);
                 for (sub, l) in lanes.enumerate() {
@@ -73,63 +72,6 @@ impl Encode for Iq4Xs {
             }
         });
     }
-}
-
-/// d, and each lane's integer scale.
-#[inline(always)]
-fn integer_scales(x: &[Lane; 32], w: &[Lane; 32], s: &Lane, lanes: std::ops::Range<usize>) -> (f32, Lane) {
-    let peak = s[lanes.clone()].iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
-    if peak.abs() < 1e-15 {
-        return (0.0, [0.0; LANES]);
-    }
-    let d = round_to_f16(peak / -32.0);
-    let (scales, errors) = integers(x, w, s, d);
-    let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-    for l in 0..LANES {
-        inv[l] = inverse(d * scales[l]);
-    }
-    for j in 0..32 {
-        for l in 0..LANES {
-            let a = scales[l] * nearest_level(x[j][l] * inv[l]);
-            qx[l] += w[j][l] * a * x[j][l];
-            qq[l] += w[j][l] * a * a;
-        }
-    }
-    let sum = |v: &Lane| v[lanes.clone()].iter().sum::<f32>();
-    let refitted = round_to_f16(sum(&qx) / sum(&qq));
-    if refitted.is_finite() && refitted != 0.0 {
-        let (again, errors_again) = integers(x, w, s, refitted);
-        if sum(&errors_again) < sum(&errors) {
-            return (refitted, again);
-        }
-    }
-    (d, scales)
-}
-
-/// The integer scales around `s / d` with the least error, and that error.
-#[inline(always)]
-fn integers(x: &[Lane; 32], w: &[Lane; 32], s: &Lane, d: f32) -> (Lane, Lane) {
-    let (mut best, mut least) = ([0.0f32; LANES], [f32::INFINITY; LANES]);
-    for delta in [0.0, 1.0, -1.0] {
-        let (mut scale, mut step, mut inv, mut error) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-        for l in 0..LANES {
-            scale[l] = clamp(nearest(s[l] * inverse(d)) + delta, -32.0, 31.0);
-            step[l] = d * scale[l];
-            inv[l] = inverse(step[l]);
-        }
-        for j in 0..32 {
-            for l in 0..LANES {
-                let e = x[j][l] - step[l] * nearest_level(x[j][l] * inv[l]);
-                error[l] += w[j][l] * e * e;
-            }
-        }
-        for l in 0..LANES {
-            if error[l] < least[l] {
-                (least[l], best[l]) = (error[l], scale[l]);
-            }
-        }
-    }
-    (best, least)
 }
 
 impl Grid for Iq4Xs {

@@ -4,8 +4,8 @@
 //! j + 32 and j + 96; qh[j] holds their top two bits in that order of value.
 
 use super::legacy::{f16_at, put_f16};
-use super::rounding::{clamp, inverse, nearest, round_to_f16, to_byte};
-use super::searched::fit_symmetric;
+use super::rounding::{clamp, inverse, nearest, to_byte};
+use super::searched::{fit_symmetric, integer_scales};
 use super::{Codec, Encode, Grid, Scales, Step};
 
 pub struct Q6K;
@@ -37,8 +37,7 @@ type Lane = [f32; LANES];
 
 impl Encode for Q6K {
     /// The sixteen sub-blocks ride in lanes, as in `affine`. For each, 19
-    /// grids give a least-squares scale; then, with the real d, the integer
-    /// scales around the rounded one compete, and d is re-fitted once.
+    /// grids give a least-squares scale; then integers of a common d are chosen.
     /// ω is w² without importances and the importance with them.
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
@@ -81,71 +80,13 @@ fn quant(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn error(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane) -> Lane {
-    let mut inv = [0.0f32; LANES];
-    let mut err = [0.0f32; LANES];
-    for l in 0..LANES {
-        inv[l] = inverse(s[l]);
-    }
-    for j in 0..SUB {
-        for l in 0..LANES {
-            let e = x[j][l] - s[l] * quant(x[j][l] * inv[l]);
-            err[l] += w[j][l] * e * e;
-        }
-    }
-    err
-}
-
-/// The integer scales around `s / d` with the least error, and that error.
-#[inline(always)]
-fn integers(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, d: f32) -> (Lane, Lane) {
-    let (mut best, mut err) = ([0.0f32; LANES], [f32::INFINITY; LANES]);
-    for delta in [0.0, 1.0, -1.0] {
-        let (mut si, mut sf) = ([0.0f32; LANES], [0.0f32; LANES]);
-        for l in 0..LANES {
-            let i = (s[l] * inverse(d) + delta).round_ties_even();
-            si[l] = i.clamp(-128.0, 127.0);
-            sf[l] = d * si[l];
-        }
-        let e = error(x, w, &sf);
-        for l in 0..LANES {
-            if e[l] < err[l] {
-                (err[l], best[l]) = (e[l], si[l]);
-            }
-        }
-    }
-    (best, err)
-}
-
-#[inline(always)]
 fn encode_block(values: &[f32], x: &[Lane; SUB], w: &[Lane; SUB], b: &mut [u8]) {
     let s = fit_symmetric(x, w, 32.0, 31.0);
-    let peak = s.iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
+    let (d, scales) = integer_scales::<SUB, -128, 127>(x, w, &s, 0..LANES, quant);
     b.fill(0);
-    if peak.abs() < 1e-15 {
+    if d == 0.0 {
         return;
     }
-    let mut d = round_to_f16(peak / -128.0);
-    let (mut scales, mut err) = integers(x, w, &s, d);
-    let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-    for l in 0..LANES {
-        inv[l] = inverse(d * scales[l]);
-    }
-    for j in 0..SUB {
-        for l in 0..LANES {
-            let a = scales[l] * quant(x[j][l] * inv[l]);
-            qx[l] += w[j][l] * a * x[j][l];
-            qq[l] += w[j][l] * a * a;
-        }
-    }
-    let refitted = round_to_f16(qx.iter().sum::<f32>() / qq.iter().sum::<f32>());
-    if refitted.is_finite() && refitted != 0.0 {
-        let (again, err_again) = integers(x, w, &s, refitted);
-        if err_again.iter().sum::<f32>() < err.iter().sum::<f32>() {
-            (d, scales, err) = (refitted, again, err_again);
-        }
-    }
-    let _ = err;
     put_f16(b, 208, d);
     let mut q = [0u8; 256];
     for l in 0..LANES {

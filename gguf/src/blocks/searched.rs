@@ -86,6 +86,17 @@ pub fn each_sixteen(values: &[f32], importance: Option<&[f32]>, mut f: impl FnMu
 /// grids around the value of largest magnitude, the least-squares scale of the best.
 #[inline(always)]
 pub fn fit_symmetric<const N: usize>(x: &[Lane; N], w: &[Lane; N], half: f32, top: f32) -> Lane {
+    let mut ends = [0.0; 19];
+    for (i, end) in ends.iter_mut().enumerate() {
+        *end = -(half + 0.1 * (i as f32 - 9.0));
+    }
+    fit_levels(x, w, &ends, |v| clamp(nearest(v), -half, top))
+}
+
+/// For each lane the scale s of least Σ ω (x − s·level)²: the value of largest
+/// magnitude is put at each of `ends` in turn, all are rounded by `level`, and the least-squares scale of the best counts.
+#[inline(always)]
+pub fn fit_levels<const N: usize>(x: &[Lane; N], w: &[Lane; N], ends: &[f32], level: impl Fn(f32) -> f32) -> Lane {
     let (mut peak, mut wx) = ([0.0f32; LANES], [[0.0f32; LANES]; N]);
     for j in 0..N {
         for l in 0..LANES {
@@ -95,26 +106,100 @@ pub fn fit_symmetric<const N: usize>(x: &[Lane; N], w: &[Lane; N], half: f32, to
         }
     }
     let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
-    for step in -9..=9 {
+    for end in ends {
         let mut inv = [0.0f32; LANES];
         for l in 0..LANES {
-            inv[l] = -(half + 0.1 * step as f32) * if peak[l].abs() > 1e-15 { 1.0 / peak[l] } else { 0.0 };
+            inv[l] = end * if peak[l].abs() > 1e-15 { 1.0 / peak[l] } else { 0.0 };
         }
         let (mut qx, mut qq) = ([0.0f32; LANES], [0.0f32; LANES]);
         for j in 0..N {
             for l in 0..LANES {
-                let q = clamp(nearest(inv[l] * x[j][l]), -half, top);
+                let q = level(inv[l] * x[j][l]);
                 qx[l] += wx[j][l] * q;
                 qq[l] += w[j][l] * q * q;
             }
         }
         for l in 0..LANES {
-            // The error falls by qx²/qq. Where all quants are 0 this is NaN and loses.
+            // The error falls by qx²/qq. Where that is NaN, as where all levels are 0, it loses.
             let gain = qx[l] * qx[l] / qq[l];
             if gain > best[l] {
                 (best[l], scale[l]) = (gain, qx[l] / qq[l]);
             }
         }
     }
+    for l in 0..LANES {
+        scale[l] = if peak[l].abs() > 1e-15 { scale[l] } else { 0.0 };
+    }
     scale
+}
+
+/// The unit d of lanes `lanes`, an f16, and each lane's integer scale in LO..=HI,
+/// so that d · scale comes near `s`: with the real d the integers around the
+/// rounded one compete, and d is re-fitted once. Zeros if all `s` are.
+#[inline(always)]
+pub fn integer_scales<const N: usize, const LO: i32, const HI: i32>(
+    x: &[Lane; N],
+    w: &[Lane; N],
+    s: &Lane,
+    lanes: std::ops::Range<usize>,
+    level: impl Fn(f32) -> f32,
+) -> (f32, Lane) {
+    let peak = s[lanes.clone()].iter().fold(0.0f32, |p, &v| if v.abs() > p.abs() { v } else { p });
+    if peak.abs() < 1e-15 {
+        return (0.0, [0.0; LANES]);
+    }
+    let d = round_to_f16(peak / LO as f32);
+    let (scales, errors) = integers::<N, LO, HI>(x, w, s, d, &level);
+    let (mut qx, mut qq, mut inv) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        inv[l] = inverse(d * scales[l]);
+    }
+    for j in 0..N {
+        for l in 0..LANES {
+            let a = scales[l] * level(x[j][l] * inv[l]);
+            qx[l] += w[j][l] * a * x[j][l];
+            qq[l] += w[j][l] * a * a;
+        }
+    }
+    let sum = |v: &Lane| v[lanes.clone()].iter().sum::<f32>();
+    let refitted = round_to_f16(sum(&qx) / sum(&qq));
+    if refitted.is_finite() && refitted != 0.0 {
+        let (again, errors_again) = integers::<N, LO, HI>(x, w, s, refitted, &level);
+        if sum(&errors_again) < sum(&errors) {
+            return (refitted, again);
+        }
+    }
+    (d, scales)
+}
+
+/// The integer scales around `s / d` with the least error, and that error.
+#[inline(always)]
+fn integers<const N: usize, const LO: i32, const HI: i32>(
+    x: &[Lane; N],
+    w: &[Lane; N],
+    s: &Lane,
+    d: f32,
+    level: &impl Fn(f32) -> f32,
+) -> (Lane, Lane) {
+    let (mut best, mut least) = ([0.0f32; LANES], [f32::INFINITY; LANES]);
+    for delta in [0.0, 1.0, -1.0] {
+        let (mut scale, mut step, mut inv, mut error) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+        for l in 0..LANES {
+            scale[l] = clamp(nearest(s[l] * inverse(d) + delta), LO as f32, HI as f32);
+            step[l] = d * scale[l];
+            inv[l] = inverse(step[l]);
+        }
+        for j in 0..N {
+            for l in 0..LANES {
+                let e = x[j][l] - step[l] * level(x[j][l] * inv[l]);
+                error[l] += w[j][l] * e * e;
+            }
+        }
+        for l in 0..LANES {
+            if error[l] < least[l] {
+                (least[l], best[l]) = (error[l], scale[l]);
+            }
+        }
+    }
+    (best, least)
 }

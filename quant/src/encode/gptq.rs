@@ -59,8 +59,7 @@ impl Whole {
             let column: Vec<Vec<[f32; BLOCK]>> = column[..b * BLOCK_SUMS].par_chunks(BLOCK_SUMS).map(transposed).collect();
             // (M_ab)ᵀ = D_b⁻¹ · H_abᵀ, by rows.
             let of_b: Vec<Vec<[f32; BLOCK]>> = column.par_iter().map(|h| product(&inverse, h)).collect();
-            before.par_chunks_mut(BLOCK_SUMS).enumerate().for_each(|(t, block)| {
-                let (i, j) = unpair(t);
+            before.par_chunks_mut(BLOCK_SUMS).zip(gram::pairs(b)).for_each(|(block, (i, j))| {
                 gram::subtract_product(&of_b[i], &column[j], block);
             });
             m.push(of_b.iter().map(|rows| Panels::transposed(rows)).collect::<Vec<_>>());
@@ -105,7 +104,7 @@ impl Whole {
         for (b, &len) in self.lens.iter().enumerate() {
             pulls.iter_mut().for_each(|p| p.fill([0.0; ROWS]));
             for a in 0..b {
-                let m = &self.m[b * (b.max(1) - 1) / 2 + a];
+                let m = &self.m[b * (b - 1) / 2 + a];
                 for (errors, pulls) in errors.iter().zip(&mut pulls) {
                     pull_into(m, &errors[a * BLOCK..(a + 1) * BLOCK], pulls);
                 }
@@ -196,18 +195,6 @@ impl Observer for Moments {
     fn residual_readers(&mut self, _pool: &Pool, _rows: &[f32], _cols: usize) {}
 }
 
-/// The pair of blocks at place `t`.
-fn unpair(t: usize) -> (usize, usize) {
-    let mut b = ((2.0 * t as f64 + 0.25).sqrt() - 0.5) as usize;
-    while pair(0, b + 1) <= t {
-        b += 1;
-    }
-    while pair(0, b) > t {
-        b -= 1;
-    }
-    (t - pair(0, b), b)
-}
-
 fn transposed(block: &[f32]) -> Vec<[f32; BLOCK]> {
     (0..BLOCK).map(|j| std::array::from_fn(|i| block[i * BLOCK + j])).collect()
 }
@@ -284,15 +271,6 @@ mod tests {
             }
             let scale = (h(i, i) * h(j, j)).sqrt();
             assert!((sum - h(i, j)).abs() < 2e-4 * scale, "({i}, {j}): {sum}, not {}", h(i, j));
-        }
-    }
-
-    #[test]
-    fn places_of_pairs() {
-        for b in 0..70 {
-            for a in 0..=b {
-                assert_eq!(unpair(pair(a, b)), (a, b));
-            }
         }
     }
 }

@@ -7,7 +7,7 @@ use quant::encode::{Calibration, Method};
 use quant::statistics::{Collector, MIN_TOKENS, Statistics};
 use runtime::blame::Blame;
 use runtime::layerwise::Layerwise;
-use runtime::tokenizer::{EncodeOptions, Tokenizer};
+use runtime::perplexity;
 use runtime::{Model, Weight};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -68,7 +68,7 @@ pub fn run(a: Args) -> Result<()> {
             common::show_bytes(a.max_memory)
         );
     }
-    let folder = folder_of(&a.output);
+    let folder = common::folder_of(&a.output);
     if !folder.is_dir() {
         bail!("the folder {} does not exist; create it first", folder.display());
     }
@@ -94,32 +94,33 @@ pub fn run(a: Args) -> Result<()> {
 
 /// Whole windows of the text's tokens, each begun with BOS where the model has one.
 fn windows(model: &Model, text: &str, a: &Args) -> Result<Vec<u32>> {
-    if a.ctx < 2 || a.ctx as u64 > model.hparams().context_length {
-        bail!("--ctx {} is out of range; choose 2 to {}, what the model was trained for", a.ctx, model.hparams().context_length);
+    if a.ctx < 4 || a.ctx as u64 > model.hparams().context_length {
+        bail!("--ctx {} is out of range; choose 4 to {}, what the model was trained for", a.ctx, model.hparams().context_length);
     }
-    let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
-    let mut tokens = tokenizer.encode(text, EncodeOptions { add_special: true, parse_special: false })?;
     let wanted = FEWEST_TOKENS.max(a.ctx);
     if a.tokens > 0 && a.tokens < wanted {
         bail!("--tokens {} is too few; calibration wants at least {wanted}", a.tokens);
     }
-    if tokens.len() < wanted {
-        bail!("{} has {} tokens, calibration wants at least {wanted}; give a longer text", a.file.display(), tokens.len());
-    }
+    let mut windows = match perplexity::windows(model, text, a.ctx, 0) {
+        Ok(windows) if windows.len() * a.ctx >= wanted => windows,
+        Ok(windows) => bail!(too_short(a, windows.len() * a.ctx, wanted)),
+        Err(runtime::Error::TextTooShort { tokens, .. }) => bail!(too_short(a, tokens, wanted)),
+        Err(e) => return Err(e.into()),
+    };
     if a.tokens > 0 {
-        tokens.truncate(a.tokens);
+        windows.truncate(a.tokens / a.ctx);
     }
-    tokens.truncate(tokens.len() / a.ctx * a.ctx);
-    if let (true, Some(bos)) = (tokenizer.add_bos, tokenizer.bos) {
-        tokens.chunks_mut(a.ctx).for_each(|window| window[0] = bos);
-    }
-    Ok(tokens)
+    Ok(windows.concat())
+}
+
+fn too_short(a: &Args, tokens: usize, wanted: usize) -> String {
+    format!("{} has {tokens} tokens in whole windows, calibration wants at least {wanted}; give a longer text", a.file.display())
 }
 
 /// Writes the statistics of `tokens`; returns how many windows those are.
 fn gather(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<usize> {
     let h = model.hparams();
-    let mut layers = Layerwise::new(model, tokens, a.ctx, folder_of(&a.output))?;
+    let mut layers = Layerwise::new(model, tokens, a.ctx, common::folder_of(&a.output))?;
     let name = a.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let tied = model.file().get("output.weight").is_none();
     let collector = Collector::create(&a.output, h, tied, &name, tokens, a.ctx)?;
@@ -134,26 +135,16 @@ fn gather(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<usize>
     Ok(layers.n_windows())
 }
 
-fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// What a unit of each tensor's error is worth, by replacing each alone with its 4-bit form; into the complete STATS.
 fn measure_sensitivity(pool: &Pool, model: &Model, tokens: &[u32], a: &Args) -> Result<()> {
-    /// Matrices of a layer; of experts, stacks.
-    const OF_A_LAYER: usize = 7;
     let calibration = Calibration { statistics: Statistics::open(&a.output)?, method: Method::Hessian };
     let mut blame = Blame::new(pool, model, tokens, a.ctx)?;
-    let bar = common::step_bar(blame.n_passes(OF_A_LAYER), "layer");
+    let bar = common::step_bar(blame.n_passes(), "layer");
     let mut errors: HashMap<String, f64> = HashMap::new();
     let stand_in = |w: &Weight| -> Result<Option<Weight>> {
         let (tensor, part) = w.tensor();
         let info = model.file().tensor(tensor)?.info;
-        let read = |row: usize, out: &mut [f32]| {
-            let n = out.len() / w.plan().cols();
-            w.decode(&w.bytes()[row * w.row_bytes()..(row + n) * w.row_bytes()], out);
-        };
-        let (block, bytes, error) = quant::budget::probe(info, part, &calibration, read)?;
+        let (block, bytes, error) = quant::budget::probe(info, part, &calibration, |row, out| w.read_rows(row, out))?;
         *errors.entry(tensor.to_owned()).or_default() += error;
         Ok(Some(w.with_bytes(block, bytes)?))
     };

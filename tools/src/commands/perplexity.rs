@@ -112,7 +112,7 @@ struct Blamed {
 fn blame(pool: &Pool, model: &Model, reference: &Model, text: &str, windows: usize, ctx: usize) -> Result<Vec<Blamed>> {
     let tokens = perplexity::windows(reference, text, ctx, windows)?;
     let mut blame = Blame::new(pool, reference, &tokens.concat(), ctx)?;
-    let bar = common::step_bar(blame.n_passes(7), "layer");
+    let bar = common::step_bar(blame.n_passes(), "layer");
     let costs = blame.run(pool, |w| Ok::<_, anyhow::Error>(model.weight(w.tensor().0, w.tensor().1).cloned()), |n| bar.inc(n))?;
     bar.finish_and_clear();
     let describe = |cost: Cost| {

@@ -90,11 +90,10 @@ pub fn run(a: Args) -> Result<()> {
         bail!("--calibration and --eval are the same text; what is measured on it would flatter the files");
     }
     let plan = quant::plan(&a.src, ConvertOptions::new(quant::mix::by_name("BF16")?))?;
-    let source: Vec<Stamp> = plan.stamps().to_vec();
-    let name = a.name.clone().unwrap_or_else(|| card::name_of(&a.src));
+    let name = a.name.clone().unwrap_or_else(|| common::name_of(&a.src));
     std::fs::create_dir_all(a.output.join(".work")).with_context(|| format!("cannot create {}", a.output.display()))?;
     let inputs = Inputs {
-        source: source.iter().map(Into::into).collect(),
+        source: plan.stamps().iter().map(Into::into).collect(),
         calibration: release::sha256_of(&calibration),
         evaluation: release::sha256_of(&evaluation),
         ctx: a.ctx,
@@ -115,9 +114,6 @@ pub fn run(a: Args) -> Result<()> {
         let wants_worth = kinds.iter().any(|k| matches!(k.1, Kind::Within(_)));
         gather(&a, &reference_path, &stats, wants_worth)?;
         quantize(&a, &reference_path, &stats, method, &files)?;
-        if let Some(s) = source.iter().find(|s| Stamp::of(&s.path) != **s) {
-            bail!("{} changed during the run; remove {} and run again", s.path.display(), a.output.display());
-        }
         let pool = Pool::new(a.threads);
         let reference = Model::open(&reference_path)?;
         for (label, _, path) in &files {

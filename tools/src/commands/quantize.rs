@@ -2,7 +2,6 @@
 
 use crate::common;
 use crate::gptq;
-use crate::release::card;
 use anyhow::{Context, Result, bail};
 use quant::budget::Target;
 use quant::encode::{Calibration, Inputs, Method};
@@ -92,7 +91,7 @@ pub fn run(a: Args) -> Result<()> {
     }
     let output = match a.output {
         Some(o) => o,
-        None => PathBuf::from(format!("{}-{}.gguf", card::name_of(&a.src), label(&a, mix))),
+        None => PathBuf::from(format!("{}-{}.gguf", common::name_of(&a.src), label(&a, mix))),
     };
     if let Some(parent) = output.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
         bail!("the folder {} does not exist; create it first", parent.display());
@@ -154,7 +153,7 @@ fn label(a: &Args, mix: &quant::mix::Mix) -> String {
     match (a.target_size, a.target_bpw, a.target_vram, &a.recipe) {
         (Some(n), ..) | (_, _, Some(n), _) => common::show_bytes(n).replace(' ', ""),
         (_, Some(bits), ..) => format!("{bits}bpw"),
-        (.., Some(recipe)) => card::name_of(recipe),
+        (.., Some(recipe)) => common::name_of(recipe),
         _ => mix.name.to_owned(),
     }
 }

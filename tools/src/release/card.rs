@@ -1,6 +1,6 @@
 //! The model card: Markdown with the front matter that model hubs read.
 
-use super::{Manifest, SUMS, file_name};
+use super::{Manifest, SUMS};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -108,10 +108,4 @@ pub fn license_of(source: &Path) -> Option<String> {
     let line = front.lines().find_map(|l| l.strip_prefix("license:"))?;
     let license = line.trim().trim_matches('"');
     license.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)).then(|| license.to_owned()).filter(|l| !l.is_empty())
-}
-
-/// The name under which a source's files are published.
-pub fn name_of(source: &Path) -> String {
-    let full = source.canonicalize().unwrap_or_else(|_| source.to_owned());
-    if full.is_dir() { file_name(&full) } else { full.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default() }
 }
