@@ -116,6 +116,11 @@ impl Hparams {
         })
     }
 
+    /// What the query at `position` is multiplied with.
+    pub fn query_scale(&self, position: u64) -> f32 {
+        self.query_temperature.map_or(1.0, |(beta, original)| 1.0 + beta * ((1 + position / original) as f32).ln())
+    }
+
     pub fn dim(&self, d: Dim) -> u64 {
         match d {
             Dim::Hidden => self.hidden,

@@ -1,12 +1,15 @@
-//! CPU kernels: one file a weight type × one file an instruction set, met in
+//! Kernels: one file a weight type × one file an instruction set, met in
 //! a table that is built once and searched best first.
 //!
-//! Unsafe code lives in `isa/` (intrinsics behind proof tokens) and
-//! `threads.rs` (the pool) only.
+//! Unsafe code lives in `isa/` (intrinsics behind proof tokens), `threads.rs`
+//! (the pool) and `cuda/` (the driver, and launches) only.
 #![deny(unsafe_code)]
 
 pub mod attention;
 pub mod ceiling;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+#[allow(unsafe_code)]
+pub mod cuda;
 pub mod encode;
 mod error;
 pub mod gram;

@@ -154,6 +154,11 @@ impl RopeTable {
         }
     }
 
+    /// cos and sin, tokens × frequencies.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates the first dimensions of each head of token `t`: pairs (2i, 2i + 1) if `adjacent`, else (i, i + half).
     pub fn rotate(&self, t: usize, heads: &mut [f32], head_dim: usize, adjacent: bool) {
         let (cos, sin) = (&self.cos[t * self.half..(t + 1) * self.half], &self.sin[t * self.half..(t + 1) * self.half]);

@@ -9,6 +9,12 @@ pub enum Error {
     Gguf(#[from] gguf::Error),
     #[error("tensor '{tensor}': {cause}")]
     Kernel { tensor: String, cause: kernels::Error },
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    #[error(transparent)]
+    Gpu(#[from] kernels::Error),
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    #[error("{what} cannot run on a GPU yet; use --device cpu")]
+    NotOnGpu { what: &'static str },
     #[error("{needed} tokens of context are needed, {available} are available; {hint}")]
     ContextTooSmall { needed: usize, available: usize, hint: String },
     #[error("the prompt is empty; give at least one token")]

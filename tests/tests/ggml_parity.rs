@@ -6,6 +6,7 @@ use gguf::blocks;
 use kernels::matmul::{Job, Matmul, run_group};
 use kernels::{Activations, Pool};
 use runtime::{Decoder, KvCache, KvType, Model, Want};
+use tests::command::{json, path};
 use tests::ggml::{self, Llama, LlamaOptions};
 use tests::{Folder, convert, demo, fixture, fixtures, relative_rms, weights};
 
@@ -156,6 +157,29 @@ fn llama_cpp_opens_every_fixture() {
         let e = relative_rms(&ours, &llama.decode(&ids, 0, true));
         println!("{name}: {e:.2e}");
         assert!(e < 1e-3, "{name}: logits {e} apart");
+    }
+}
+
+/// Every file of a release, of each type that is written and of types chosen within a size.
+#[test]
+fn llama_cpp_opens_every_file_of_a_release() {
+    let folder = Folder::new("release");
+    let (calibration, heldout, release) = (demo().join("calibration.txt"), demo().join("heldout.txt"), folder.file("release"));
+    let text = folder.file("calibration.txt");
+    std::fs::write(&text, &std::fs::read(calibration).unwrap()[..64 << 10]).unwrap();
+    let types = quant::mix::TABLE.iter().filter(|m| m.default.encode.is_some() && m.file_type != 0).map(|m| m.name);
+    let types = types.chain(["4.7bpw", "6MB"]).collect::<Vec<_>>().join(",");
+    let args = ["--types", &types, "--calibration", path(&text), "--eval", path(&heldout), "--windows", "1", "--no-bench"];
+    let manifest = json(&[&["publish", path(&demo()), "-o", path(&release), "--json"], &args[..]].concat());
+    let files = manifest["files"].as_array().unwrap();
+    assert_eq!(files.len(), types.split(',').count());
+    let ids: Vec<u32> = (0..256u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
+    for file in files {
+        let path = release.join(file["file"].as_str().unwrap());
+        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, kv: 1 });
+        let e = relative_rms(&our_logits(&path, &ids, KvType::F16), &llama.decode(&ids, 0, true));
+        println!("{}: {e:.5}", path.file_name().unwrap().to_string_lossy());
+        assert!(e < 0.05, "{}: logits {e} apart", path.display());
     }
 }
 

@@ -27,9 +27,8 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
         add_bias(q, &w.q_bias);
         head_norm(q, &w.q_norm, h.rms_eps);
         step.rope.rotate(t, q, head_dim, adjacent);
-        if let Some((beta, original)) = h.query_temperature {
-            let pos = (step.first_pos + t) as u64;
-            let scale = 1.0 + beta * ((1 + pos / original) as f32).ln();
+        if h.query_temperature.is_some() {
+            let scale = h.query_scale((step.first_pos + t) as u64);
             q.iter_mut().for_each(|q| *q *= scale);
         }
     });

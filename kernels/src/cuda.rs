@@ -1,0 +1,241 @@
+//! Kernels for NVIDIA GPUs: `kernels/cuda/NAME.cu`, launched by `cuda/NAME.rs`.
+//!
+//! A [`Gpu`] is what the driver gives (feature `cuda`) or, for tests, this host
+//! (feature `cuda-host`), which runs the same kernels thread by thread. Memory
+//! is a [`Buffer`] of a [`Device`], which knows what has been allocated and
+//! allows no more than it was told.
+
+mod attention;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "cuda-host")]
+mod host;
+mod matmul;
+mod pack;
+mod quantize;
+
+pub use attention::{CacheType, Heads, LayerCache, Rotation, attention, partial_floats, rotate};
+pub use matmul::{Job, matmul};
+pub use pack::{TILE_ROWS, WeightMatrix};
+pub use quantize::{Form, Inputs, OnTheWay};
+
+use crate::error::{Error, Result};
+use std::sync::{Arc, Mutex};
+
+/// An address in a GPU's memory.
+pub type Address = u64;
+
+/// Blocks of a launch and threads of each, dynamic shared memory in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    pub grid: [u32; 3],
+    pub threads: u32,
+    pub shared: u32,
+}
+
+/// What a launcher needs of a GPU. Work is done in the order it is asked for.
+pub trait Gpu: Send + Sync {
+    fn name(&self) -> String;
+    /// (free, all) bytes.
+    fn memory(&self) -> Result<(u64, u64)>;
+    /// 256-byte aligned.
+    fn allocate(&self, bytes: usize) -> Result<Address>;
+    /// # Safety
+    /// `at` came from `allocate` with as many bytes and nothing uses it any more.
+    unsafe fn free(&self, at: Address, bytes: usize);
+    /// # Safety
+    /// `to` has room for `from` within one allocation.
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()>;
+    /// # Safety
+    /// As for `write`, the other way.
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()>;
+    /// # Safety
+    /// `args` is the kernel's own struct, and the addresses in it are of
+    /// allocations as long as the kernel reads and writes with it.
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()>;
+    /// Until all work is done.
+    fn wait(&self) -> Result<()>;
+}
+
+/// What was allocated, for what, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocation {
+    pub what: &'static str,
+    pub bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Ledger {
+    used: u64,
+    peak: u64,
+    log: Vec<Allocation>,
+}
+
+struct Shared {
+    gpu: Box<dyn Gpu>,
+    cap: u64,
+    ledger: Mutex<Ledger>,
+}
+
+/// A GPU, and an account of its memory.
+#[derive(Clone)]
+pub struct Device(Arc<Shared>);
+
+/// Allocations are counted in these: the driver's own granularity for small ones.
+pub const GRANULE: u64 = 256;
+
+impl Device {
+    /// At most `cap` bytes are ever allocated; 0: as many as there are.
+    pub fn new(gpu: Box<dyn Gpu>, cap: u64) -> Device {
+        Device(Arc::new(Shared { gpu, cap: if cap == 0 { u64::MAX } else { cap }, ledger: Mutex::default() }))
+    }
+
+    /// The first GPU of this machine, through its driver.
+    #[cfg(feature = "cuda")]
+    pub fn first(cap: u64) -> Result<Device> {
+        Ok(Device::new(Box::new(driver::Driver::open(0)?), cap))
+    }
+
+    /// This host in a GPU's place. `reversed`: threads run last to first.
+    #[cfg(feature = "cuda-host")]
+    pub fn host(cap: u64, reversed: bool) -> Device {
+        Device::new(Box::new(host::Host { reversed }), cap)
+    }
+
+    pub fn name(&self) -> String {
+        self.0.gpu.name()
+    }
+
+    /// (free, all) bytes of the GPU itself.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.0.gpu.memory()
+    }
+
+    /// Most bytes that were allocated at a time.
+    pub fn peak(&self) -> u64 {
+        self.ledger().peak
+    }
+
+    pub fn used(&self) -> u64 {
+        self.ledger().used
+    }
+
+    pub fn log(&self) -> Vec<Allocation> {
+        self.ledger().log.clone()
+    }
+
+    fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        self.0.ledger.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// `what` names it in errors and in the log. Contents are undefined.
+    pub fn allocate(&self, what: &'static str, bytes: usize) -> Result<Buffer> {
+        let counted = (bytes.max(1) as u64).next_multiple_of(GRANULE);
+        let mut ledger = self.ledger();
+        let used = ledger.used.saturating_add(counted);
+        if used > self.0.cap {
+            return Err(Error::GpuMemory { what, bytes: counted, used: ledger.used, cap: self.0.cap });
+        }
+        let at = self.0.gpu.allocate(bytes.max(1))?;
+        ledger.used = used;
+        ledger.peak = ledger.peak.max(used);
+        ledger.log.push(Allocation { what, bytes: counted });
+        Ok(Buffer { device: self.clone(), at, bytes, counted })
+    }
+
+    pub fn upload(&self, what: &'static str, bytes: &[u8]) -> Result<Buffer> {
+        let buffer = self.allocate(what, bytes.len())?;
+        buffer.write(0, bytes)?;
+        Ok(buffer)
+    }
+
+    pub fn upload_floats(&self, what: &'static str, values: &[f32]) -> Result<Buffer> {
+        self.upload(what, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+    }
+
+    pub fn wait(&self) -> Result<()> {
+        self.0.gpu.wait()
+    }
+
+    /// # Safety
+    /// As of [`Gpu::launch`]; `A` is the kernel's struct, `repr(C)` and without padding that matters.
+    unsafe fn launch<A>(&self, kernel: &'static str, shape: Shape, args: &A) -> Result<()> {
+        // SAFETY: A is plain data; its bytes are read only, padding included, by a copy of them.
+        let bytes = unsafe { std::slice::from_raw_parts((&raw const *args).cast::<u8>(), size_of::<A>()) };
+        // SAFETY: by the caller.
+        unsafe { self.0.gpu.launch(kernel, shape, bytes) }
+    }
+}
+
+/// Memory of a device, freed when it is dropped.
+pub struct Buffer {
+    device: Device,
+    at: Address,
+    bytes: usize,
+    counted: u64,
+}
+
+impl Buffer {
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    fn address(&self) -> Address {
+        self.at
+    }
+
+    /// Address of byte `offset`, from which `bytes` bytes lie within.
+    fn part(&self, offset: usize, bytes: usize) -> Address {
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "{offset} + {bytes} bytes of {}", self.bytes);
+        self.at + offset as u64
+    }
+
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
+        let to = self.part(offset, from.len());
+        // SAFETY: `part` checked that there is room.
+        unsafe { self.device.0.gpu.write(to, from) }
+    }
+
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        let from = self.part(offset, to.len());
+        // SAFETY: `part` checked that it lies within.
+        unsafe { self.device.0.gpu.read(from, to) }
+    }
+
+    pub fn write_floats(&self, values: &[f32]) -> Result<()> {
+        self.write(0, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+    }
+
+    /// Appends the first `n` floats.
+    pub fn read_floats_into(&self, n: usize, out: &mut Vec<f32>) -> Result<()> {
+        let mut bytes = vec![0; 4 * n];
+        self.read(0, &mut bytes)?;
+        out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+        Ok(())
+    }
+
+    pub fn read_floats(&self) -> Result<Vec<f32>> {
+        let mut out = vec![];
+        self.read_floats_into(self.bytes / 4, &mut out)?;
+        Ok(out)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `Device::allocate` with as many bytes; nobody else has its address but work
+        // that was asked for before, which the driver's own free waits for.
+        unsafe { self.device.0.gpu.free(self.at, self.bytes.max(1)) };
+        self.device.ledger().used -= self.counted;
+    }
+}
+
+/// What ptxas said of every kernel and architecture as this was built.
+#[cfg(feature = "cuda")]
+pub fn ptxas_report() -> &'static str {
+    include_str!(concat!(env!("OUT_DIR"), "/ptxas.txt"))
+}

@@ -1,0 +1,106 @@
+//! This host in a GPU's place: kernels compiled by the C++ compiler against
+//! `cuda/host/device.h`. An allocation ends at a page that cannot be touched,
+//! so that a kernel which runs past its end dies there.
+
+use super::{Address, Gpu, Shape};
+use crate::error::{Error, Result};
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+
+pub struct Host {
+    /// Threads and blocks run last to first.
+    pub reversed: bool,
+}
+
+unsafe extern "C" {
+    fn grist_host_launch(
+        name: *const c_char,
+        grid: *const c_uint,
+        threads: c_uint,
+        shared: c_uint,
+        args: *const c_void,
+        reversed: c_int,
+    ) -> c_int;
+}
+
+const PAGE: usize = 64 << 10;
+
+/// Pages of the mapping, and where the allocation begins in it: as near to its end as alignment allows.
+fn layout(bytes: usize) -> (usize, usize) {
+    let pages = bytes.next_multiple_of(PAGE);
+    (pages, (pages - bytes) / 16 * 16)
+}
+
+impl Gpu for Host {
+    fn name(&self) -> String {
+        "host".into()
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        Ok((1 << 34, 1 << 34))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        let (pages, start) = layout(bytes);
+        // SAFETY: a new mapping of its own, of which the last page is then closed; both calls are checked.
+        unsafe {
+            let at = libc::mmap(
+                std::ptr::null_mut(),
+                pages + PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if at == libc::MAP_FAILED || libc::mprotect(at.add(pages), PAGE, libc::PROT_NONE) != 0 {
+                return Err(Error::Gpu { what: "allocate", cause: std::io::Error::last_os_error().to_string() });
+            }
+            // What was there before is not zero on a GPU either.
+            std::ptr::write_bytes(at.cast::<u8>(), 0xff, pages);
+            Ok(at as u64 + start as u64)
+        }
+    }
+
+    unsafe fn free(&self, at: Address, bytes: usize) {
+        let (pages, start) = layout(bytes);
+        // SAFETY: the mapping of `allocate`.
+        unsafe { libc::munmap((at - start as u64) as *mut c_void, pages + PAGE) };
+    }
+
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {
+        // SAFETY: by the caller; a device's memory and a slice do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()> {
+        let name = CString::new(kernel).map_err(|e| Error::Gpu { what: kernel, cause: e.to_string() })?;
+        // SAFETY: by the caller; the shape is checked on the other side.
+        let done = unsafe {
+            grist_host_launch(
+                name.as_ptr(),
+                shape.grid.as_ptr(),
+                shape.threads,
+                shape.shared,
+                args.as_ptr().cast(),
+                c_int::from(self.reversed),
+            )
+        };
+        let cause = match done {
+            0 => return Ok(()),
+            1 => "no such kernel",
+            2 => "its threads wait for each other for ever",
+            _ => "a launch that no GPU takes",
+        };
+        Err(Error::Gpu { what: kernel, cause: cause.into() })
+    }
+
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+}

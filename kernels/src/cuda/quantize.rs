@@ -1,0 +1,158 @@
+//! Activations of a batch as the tensor cores read them, a norm applied on the way.
+
+use super::matmul::padded_tokens;
+use super::pack::CHUNK_COLUMNS;
+use super::{Address, Buffer, Device, Shape};
+use crate::error::Result;
+use gguf::{BlockType, blocks};
+
+/// What weights of a type multiply with: as on a CPU, but for halves, which meet activations rounded to halves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// int8, one scale per 32 values.
+    Q8Per32,
+    /// int8, one scale per 256 values.
+    Q8Per256,
+    F16,
+    Bf16,
+}
+
+/// TABLE of the types that GPUs multiply.
+const TABLE: &[(&BlockType, Form)] = &[
+    (&blocks::F16, Form::F16),
+    (&blocks::BF16, Form::Bf16),
+    (&blocks::Q4_0, Form::Q8Per32),
+    (&blocks::Q4_1, Form::Q8Per32),
+    (&blocks::Q5_0, Form::Q8Per32),
+    (&blocks::Q5_1, Form::Q8Per32),
+    (&blocks::Q8_0, Form::Q8Per32),
+    (&blocks::Q4_K, Form::Q8Per256),
+    (&blocks::Q5_K, Form::Q8Per256),
+    (&blocks::Q6_K, Form::Q8Per256),
+];
+
+/// As the kernels' structs have their addresses.
+pub(super) const FORMS: [Form; 4] = [Form::Q8Per32, Form::Q8Per256, Form::F16, Form::Bf16];
+
+impl Form {
+    /// None: no GPU kernel multiplies such weights.
+    pub fn of(block: &BlockType) -> Option<Form> {
+        TABLE.iter().find(|(b, _)| b.id == block.id).map(|(_, form)| *form)
+    }
+
+    /// Types with a kernel.
+    pub fn types() -> impl Iterator<Item = (&'static BlockType, Form)> {
+        TABLE.iter().copied()
+    }
+
+    /// Bytes of 8 tokens × 256 columns: `struct ActivationBlock`, `struct HalfBlock`.
+    fn block_bytes(self) -> usize {
+        match self {
+            Form::Q8Per32 | Form::Q8Per256 => 2560,
+            Form::F16 | Form::Bf16 => 4096,
+        }
+    }
+
+    fn index(self) -> usize {
+        FORMS.iter().position(|f| *f == self).unwrap_or(0)
+    }
+}
+
+/// What happens to x before it is quantized.
+#[derive(Clone, Copy)]
+pub enum OnTheWay<'a> {
+    Nothing,
+    /// x / rms(x) · weight.
+    Norm {
+        weight: &'a Buffer,
+        eps: f32,
+    },
+    /// silu(x) · up.
+    SwiGlu {
+        up: &'a Buffer,
+    },
+}
+
+/// Room for the inputs of a group of matmuls, and what it holds.
+pub struct Inputs {
+    /// In the order of `FORMS`, as `filled`.
+    forms: [Option<Buffer>; 4],
+    filled: [bool; 4],
+    max_tokens: usize,
+    max_columns: usize,
+    pub(super) n_tokens: usize,
+    pub(super) columns: usize,
+}
+
+/// `struct QuantizeArgs`.
+#[repr(C)]
+struct Args {
+    x: Address,
+    norm: Address,
+    up: Address,
+    forms: [Address; 4],
+    n_tokens: u32,
+    n_columns: u32,
+    eps: f32,
+    padding: u32,
+}
+
+impl Inputs {
+    pub fn bytes_for(forms: &[Form], max_tokens: usize, max_columns: usize) -> u64 {
+        let blocks = padded_tokens(max_tokens) / 8 * max_columns.div_ceil(CHUNK_COLUMNS);
+        forms.iter().map(|f| (blocks * f.block_bytes()) as u64).sum()
+    }
+
+    pub fn new(device: &Device, forms: &[Form], max_tokens: usize, max_columns: usize) -> Result<Inputs> {
+        let mut buffers = [None, None, None, None];
+        for f in forms {
+            buffers[f.index()] = Some(device.allocate("inputs", Inputs::bytes_for(&[*f], max_tokens, max_columns) as usize)?);
+        }
+        Ok(Inputs { forms: buffers, filled: [false; 4], max_tokens, max_columns, n_tokens: 0, columns: 0 })
+    }
+
+    /// The address of its blocks in a form; 0 if there are none.
+    pub(super) fn address(&self, form: Form) -> Address {
+        self.forms[form.index()].as_ref().map_or(0, Buffer::address)
+    }
+
+    pub(super) fn holds(&self, form: Form) -> bool {
+        self.filled[form.index()]
+    }
+
+    /// Takes `x`, rows of `columns` floats, from row `first` on `n_tokens` of them, in each of `forms`.
+    pub fn fill(
+        &mut self,
+        device: &Device,
+        x: &Buffer,
+        first: usize,
+        n_tokens: usize,
+        columns: usize,
+        on_the_way: OnTheWay<'_>,
+        forms: &[Form],
+    ) -> Result<()> {
+        assert!(n_tokens > 0 && n_tokens <= self.max_tokens && columns > 0 && columns <= self.max_columns);
+        assert!(forms.iter().all(|f| self.address(*f) != 0), "no room for {forms:?}");
+        (self.n_tokens, self.columns) = (n_tokens, columns);
+        self.filled = FORMS.map(|f| forms.contains(&f));
+        let (norm, up, eps) = match on_the_way {
+            OnTheWay::Nothing => (0, 0, 0.0),
+            OnTheWay::Norm { weight, eps } => (weight.part(0, 4 * columns), 0, eps),
+            OnTheWay::SwiGlu { up } => (0, up.part(4 * first * columns, 4 * n_tokens * columns), 0.0),
+        };
+        let args = Args {
+            x: x.part(4 * first * columns, 4 * n_tokens * columns),
+            norm,
+            up,
+            forms: FORMS.map(|f| if self.holds(f) { self.address(f) } else { 0 }),
+            n_tokens: n_tokens as u32,
+            n_columns: columns as u32,
+            eps,
+            padding: 0,
+        };
+        let shape = Shape { grid: [n_tokens.next_multiple_of(8) as u32, 1, 1], threads: 256, shared: 8 * 4 };
+        // SAFETY: QuantizeArgs; `x` and what meets it were checked by `part`, and each form's buffer holds
+        // max_tokens × max_columns, of which this is no more.
+        unsafe { device.launch("quantize", shape, &args) }
+    }
+}
