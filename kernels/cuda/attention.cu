@@ -11,7 +11,7 @@
 struct AttentionArgs {
     const float *q; // [token][n_heads · key_dim]
     float *out;     // [token][n_heads · value_dim]
-    float *partial; // [split][row][MOST + 2]: sums, maximum, weight; rows are (token, query head)
+    float *partial; // [split][row][value_dim + 2]: sums, maximum, weight; rows are (token, query head)
     Store keys, values;
     uint32_t n_tokens, n_kv_heads, group, key_dim, value_dim;
     uint32_t first_position, capacity, window, kv_type, n_splits;

@@ -35,12 +35,12 @@ struct ActivationBlock {
         uint32_t sums[WARP];
     };
 };
-static_assert(sizeof(ActivationBlock) == 2560, "cuda.rs counts it so");
+static_assert(sizeof(ActivationBlock) == 2560, "quantize.rs counts it so");
 
 struct HalfBlock {
     uint2 x[16][WARP]; // [step of 16 columns]: columns 4t, 4t + 1, then 4t + 2, 4t + 3
 };
-static_assert(sizeof(HalfBlock) == 4096, "cuda.rs counts it so");
+static_assert(sizeof(HalfBlock) == 4096, "quantize.rs counts it so");
 
 __device__ __forceinline__ uint16_t u16_at(const uint8_t *p) { return uint16_t(p[0] | p[1] << 8); }
 __device__ __forceinline__ uint32_t word(uint4 v, unsigned i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

@@ -115,22 +115,7 @@ impl<'m> Decoder<'m> {
 
     /// Appends `tokens` to `cache` and returns the wanted logits, rows of `vocab`.
     pub fn forward(&mut self, pool: &Pool, cache: &mut KvCache, tokens: &[u32], want: Want) -> Result<&[f32]> {
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let needed = cache.len() + tokens.len();
-        if needed > cache.capacity() {
-            let hint = format!("raise --ctx (the model was trained for {})", self.model.hparams().context_length);
-            return Err(Error::ContextTooSmall { needed, available: cache.capacity(), hint });
-        }
-        let vocab = self.model.vocab();
-        if let Some(&id) = tokens.iter().find(|&&t| t as usize >= vocab) {
-            return Err(Error::BadToken { id, vocab });
-        }
-        let first_wanted = match want {
-            Want::Last => tokens.len() - 1,
-            Want::From(i) => i.min(tokens.len() - 1),
-        };
+        let first_wanted = first_wanted(self.model, cache.len(), cache.capacity(), tokens, want)?;
         self.logits.clear();
         for (i, batch) in tokens.chunks(BATCH).enumerate() {
             let start = i * BATCH;
@@ -168,6 +153,26 @@ impl<'m> Decoder<'m> {
         }
         Ok(())
     }
+}
+
+/// The first of `tokens` whose logits are wanted, if they may follow `len` others where `capacity` fit.
+pub(crate) fn first_wanted(model: &Model, len: usize, capacity: usize, tokens: &[u32], want: Want) -> Result<usize> {
+    if tokens.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    let needed = len + tokens.len();
+    if needed > capacity {
+        let hint = format!("raise --ctx (the model was trained for {})", model.hparams().context_length);
+        return Err(Error::ContextTooSmall { needed, available: capacity, hint });
+    }
+    let vocab = model.vocab();
+    if let Some(&id) = tokens.iter().find(|&&t| t as usize >= vocab) {
+        return Err(Error::BadToken { id, vocab });
+    }
+    Ok(match want {
+        Want::Last => tokens.len() - 1,
+        Want::From(i) => i.min(tokens.len() - 1),
+    })
 }
 
 /// Appends the logits of the batch's tokens from `from` on.

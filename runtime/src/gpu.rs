@@ -5,7 +5,7 @@
 //! What will be allocated is said by [`needs`] from the header alone, buffer by
 //! buffer, and `GpuDecoder` allocates just that.
 
-use crate::decoder::{BATCH, Want, rope_frequencies};
+use crate::decoder::{BATCH, Want, first_wanted, rope_frequencies};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvType;
 use crate::model::{FeedForwardWeights, Model, Weight};
@@ -194,18 +194,7 @@ impl<'m> GpuDecoder<'m> {
 
     /// As `Decoder::forward`, with the cache that is here.
     pub fn forward(&mut self, tokens: &[u32], want: Want) -> Result<&[f32]> {
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let needed = self.len + tokens.len();
-        if needed > self.capacity {
-            let hint = format!("raise --ctx (the model was trained for {})", self.model.hparams().context_length);
-            return Err(Error::ContextTooSmall { needed, available: self.capacity, hint });
-        }
-        let first_wanted = match want {
-            Want::Last => tokens.len() - 1,
-            Want::From(i) => i.min(tokens.len() - 1),
-        };
+        let first_wanted = first_wanted(self.model, self.len, self.capacity, tokens, want)?;
         self.logits.clear();
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             self.run_batch(batch, first_wanted.saturating_sub(i * self.batch))?;

@@ -3,6 +3,8 @@
 pub mod command;
 #[cfg(feature = "ggml")]
 pub mod ggml;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+pub mod gpu;
 
 use std::path::{Path, PathBuf};
 

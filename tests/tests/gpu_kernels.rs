@@ -8,22 +8,8 @@ use kernels::cuda::{attention, matmul, partial_floats, rotate};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
+use tests::gpu::devices;
 use tests::{relative_rms, weights};
-
-/// Everything that can run the kernels here.
-fn devices() -> Vec<Device> {
-    #[allow(unused_mut)]
-    let mut all = Vec::new();
-    #[cfg(feature = "cuda-host")]
-    all.extend([Device::host(0, false), Device::host(0, true)]);
-    #[cfg(feature = "cuda")]
-    match Device::first(0) {
-        Ok(d) => all.push(d),
-        Err(e) => println!("skipped: {e}"),
-    }
-    all.iter().for_each(|d| println!("on {}", d.name()));
-    all
-}
 
 fn encoded(block: &BlockType, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0u8; block.bytes_for((rows * columns) as u64) as usize];
@@ -54,7 +40,7 @@ const SHAPES: [(usize, usize, usize); 8] =
 
 #[test]
 fn matmuls_agree_with_the_reference() {
-    for device in devices() {
+    for device in devices(&[false, true]) {
         for (block, form) in Form::types() {
             for (i, (rows, n_blocks, tokens)) in SHAPES.into_iter().enumerate() {
                 // Columns of one block, where blocks are short: what pads a chunk must not count.
@@ -81,7 +67,7 @@ fn matmuls_agree_with_the_reference() {
 /// Quants and scales as large as they can be, and activations of one sign: nothing overflows.
 #[test]
 fn the_largest_sums_do_not_overflow() {
-    for device in devices() {
+    for device in devices(&[false, true]) {
         for (block, form) in Form::types().filter(|t| t.0.block_len == 256) {
             let (rows, columns, tokens) = (16, 512, 8);
             let mut bytes = encoded(block, rows, columns, 5);
@@ -108,7 +94,7 @@ fn the_largest_sums_do_not_overflow() {
 /// Three matrices of different types and heights in one launch, one of them added to what is there.
 #[test]
 fn a_group_shares_its_inputs() {
-    for device in devices() {
+    for device in devices(&[false, true]) {
         let (columns, tokens) = (512, 5);
         let x = weights(tokens * columns, 7, 0);
         let mut inputs = Inputs::new(&device, &[Form::Q8Per256, Form::Q8Per32], tokens, columns).unwrap();
@@ -137,7 +123,7 @@ fn a_group_shares_its_inputs() {
 /// A norm on the way is the norm, then the quantization.
 #[test]
 fn norms_are_applied_on_the_way() {
-    for device in devices() {
+    for device in devices(&[false, true]) {
         let (rows, columns, tokens) = (16, 768, 3);
         let (x, norm) = (weights(tokens * columns, 7, 13), weights(columns, 8, 0));
         let bytes = encoded(&blocks::Q4_K, rows, columns, 1);
@@ -235,7 +221,7 @@ const CASES: [AttentionCase; 7] = [
 /// Biases, head norms, RoPE, query scales, the cache and the softmax over it, as the CPU has them.
 #[test]
 fn attention_agrees_with_the_reference() {
-    for device in devices() {
+    for device in devices(&[false, true]) {
         for case in &CASES {
             attention_case(&device, case);
         }
@@ -335,25 +321,23 @@ fn softmax_attention(c: &AttentionCase, q: &[f32], keys: &[f32], values: &[f32],
 }
 
 /// The account is exact, and the cap is kept.
+#[cfg(feature = "cuda-host")]
 #[test]
 fn memory_is_accounted_for() {
-    #[cfg(feature = "cuda-host")]
-    {
-        let device = Device::host(1 << 20, false);
-        let bytes = encoded(&blocks::Q6_K, 17, 512, 1);
-        let matrix = WeightMatrix::upload(&device, &blocks::Q6_K, 17, 512, &bytes).unwrap();
-        assert_eq!(device.used(), WeightMatrix::bytes_for(&blocks::Q6_K, 17, 512).next_multiple_of(256));
-        assert_eq!(device.log().iter().map(|a| a.what).collect::<Vec<_>>(), ["weights", "staging"]);
-        let e = device.allocate("KV cache", 1 << 20).err().unwrap().to_string();
-        assert!(e.contains("KV cache") && e.contains("1048576 allowed"), "{e}");
-        drop(matrix);
-        assert_eq!(device.used(), 0);
-        assert!(device.peak() > 0);
-        let e = WeightMatrix::upload(&device, &blocks::Q4_K, 16, 256, &bytes[..100]).err().unwrap().to_string();
-        assert!(e.contains("16 × 256"), "{e}");
-        let e = WeightMatrix::upload(&device, &blocks::Q2_K, 16, 256, &[]).err().unwrap().to_string();
-        assert!(e.contains("Q2_K"), "{e}");
-    }
+    let device = Device::host(1 << 20, false);
+    let bytes = encoded(&blocks::Q6_K, 17, 512, 1);
+    let matrix = WeightMatrix::upload(&device, &blocks::Q6_K, 17, 512, &bytes).unwrap();
+    assert_eq!(device.used(), WeightMatrix::bytes_for(&blocks::Q6_K, 17, 512).next_multiple_of(256));
+    assert_eq!(device.log().iter().map(|a| a.what).collect::<Vec<_>>(), ["weights", "staging"]);
+    let e = device.allocate("KV cache", 1 << 20).err().unwrap().to_string();
+    assert!(e.contains("KV cache") && e.contains("1048576 allowed"), "{e}");
+    drop(matrix);
+    assert_eq!(device.used(), 0);
+    assert!(device.peak() > 0);
+    let e = WeightMatrix::upload(&device, &blocks::Q4_K, 16, 256, &bytes[..100]).err().unwrap().to_string();
+    assert!(e.contains("16 × 256"), "{e}");
+    let e = WeightMatrix::upload(&device, &blocks::Q2_K, 16, 256, &[]).err().unwrap().to_string();
+    assert!(e.contains("Q2_K"), "{e}");
 }
 
 /// No kernel spills its registers on any architecture.

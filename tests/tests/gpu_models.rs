@@ -6,21 +6,8 @@ use kernels::Pool;
 use kernels::cuda::Device;
 use runtime::gpu::{GpuDecoder, needs};
 use runtime::{Decoder, KvCache, KvType, Model, Want};
+use tests::gpu::devices;
 use tests::{Folder, convert, demo, fixture, fixtures, relative_rms};
-
-/// Everything that can run a model here, anew each time, so that its account begins at nothing.
-fn devices() -> Vec<Device> {
-    #[allow(unused_mut)]
-    let mut all = Vec::new();
-    #[cfg(feature = "cuda-host")]
-    all.push(Device::host(0, false));
-    #[cfg(feature = "cuda")]
-    match Device::first(0) {
-        Ok(d) => all.push(d),
-        Err(e) => println!("skipped: {e}"),
-    }
-    all
-}
 
 /// Logits of all tokens, given in these parts.
 fn on_cpu(model: &Model, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
@@ -50,7 +37,7 @@ fn logits_are_the_cpus() {
     let cases = [("F16", KvType::F16, 2e-3), ("Q4_K_M", KvType::F16, 0.05), ("Q8_0", KvType::Q8_0, 0.05), ("Q5_0", KvType::Q4_0, 0.05)];
     for (kind, kv, tolerance) in cases {
         let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
-        for device in devices() {
+        for device in devices(&[false]) {
             let error = relative_rms(&on_gpu(&model, &device, &parts, kv), &on_cpu(&model, &parts, kv));
             println!("{kind} {}: {error:.6} on {}", kv.name(), device.name());
             assert!(error < tolerance, "{kind}: logits {error} apart");
@@ -65,7 +52,7 @@ fn fixtures_have_the_cpus_logits() {
     let ids: Vec<u32> = (0..24u32).map(|i| (i * 37 + 5) % 512).collect();
     for name in fixtures() {
         let model = Model::open(&convert(&fixture(&name), "F16", &folder)).unwrap();
-        for device in devices() {
+        for device in devices(&[false]) {
             if model.hparams().n_experts > 0 {
                 let e = GpuDecoder::new(&model, &device, 64, KvType::F16).err().unwrap().to_string();
                 assert!(e.contains("experts"), "{e}");
@@ -80,15 +67,13 @@ fn fixtures_have_the_cpus_logits() {
 }
 
 /// More than may be allocated: one line that says what, and nothing stays behind.
+#[cfg(feature = "cuda-host")]
 #[test]
 fn a_model_that_does_not_fit_is_refused() {
-    #[cfg(feature = "cuda-host")]
-    {
-        let folder = Folder::new("gpu-small");
-        let model = Model::open(&convert(&demo(), "Q4_0", &folder)).unwrap();
-        let device = Device::host(3 << 20, false);
-        let e = GpuDecoder::new(&model, &device, 128, KvType::F16).err().unwrap().to_string();
-        assert!(e.contains("GPU memory") && e.contains("3145728"), "{e}");
-        assert_eq!(device.used(), 0);
-    }
+    let folder = Folder::new("gpu-small");
+    let model = Model::open(&convert(&demo(), "Q4_0", &folder)).unwrap();
+    let device = Device::host(3 << 20, false);
+    let e = GpuDecoder::new(&model, &device, 128, KvType::F16).err().unwrap().to_string();
+    assert!(e.contains("GPU memory") && e.contains("3145728"), "{e}");
+    assert_eq!(device.used(), 0);
 }
