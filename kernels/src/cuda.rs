@@ -96,6 +96,12 @@ impl Device {
         Ok(Device::new(Box::new(driver::Driver::open(0)?), cap))
     }
 
+    /// None can be had: this was built without the kernels.
+    #[cfg(not(feature = "cuda"))]
+    pub fn first(_cap: u64) -> Result<Device> {
+        Err(Error::NoGpu { reason: "this grist was built without --features cuda".into() })
+    }
+
     /// This host in a GPU's place. `reversed`: threads run last to first.
     #[cfg(feature = "cuda-host")]
     pub fn host(cap: u64, reversed: bool) -> Device {
@@ -109,6 +115,12 @@ impl Device {
     /// (free, all) bytes of the GPU itself.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.0.gpu.memory()
+    }
+
+    /// Bytes that can still be allocated.
+    pub fn room(&self) -> Result<u64> {
+        let (free, _) = self.memory()?;
+        Ok(free.min(self.0.cap.saturating_sub(self.used())))
     }
 
     /// Most bytes that were allocated at a time.

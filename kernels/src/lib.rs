@@ -7,7 +7,6 @@
 
 pub mod attention;
 pub mod ceiling;
-#[cfg(any(feature = "cuda", feature = "cuda-host"))]
 #[allow(unsafe_code)]
 pub mod cuda;
 pub mod encode;

@@ -9,12 +9,14 @@ pub enum Error {
     Gguf(#[from] gguf::Error),
     #[error("tensor '{tensor}': {cause}")]
     Kernel { tensor: String, cause: kernels::Error },
-    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     #[error(transparent)]
     Gpu(#[from] kernels::Error),
-    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     #[error("{what} cannot run on a GPU yet; use --device cpu")]
-    NotOnGpu { what: &'static str },
+    NotOnGpu { what: String },
+    #[error(
+        "{what} needs {needed} bytes of GPU memory, of which {available} can be had; choose a smaller --ctx, a smaller --kv or --device cpu"
+    )]
+    GpuTooSmall { what: &'static str, needed: u64, available: u64 },
     #[error("{needed} tokens of context are needed, {available} are available; {hint}")]
     ContextTooSmall { needed: usize, available: usize, hint: String },
     #[error("the prompt is empty; give at least one token")]

@@ -1,22 +1,26 @@
-//! A dense model on a GPU: its matrices packed there once, its cache and
-//! scratch beside them, the layers launched one after the other. The host
-//! keeps the embedding, from which rows go up, and gets logits back.
+//! A model on a GPU: its matrices packed there once, its cache and scratch
+//! beside them, the layers launched one after the other. The host keeps the
+//! embedding, from which rows go up, and gets logits back; it also runs, from
+//! the map, the first layers if not all have room ([`Split`]), and experts.
 //!
 //! What will be allocated is said by [`needs`] from the header alone, buffer by
 //! buffer, and `GpuDecoder` allocates just that.
 
-use crate::decoder::{BATCH, Want, first_wanted, rope_frequencies};
-use crate::error::{Error, Result};
-use crate::kv_cache::KvType;
-use crate::model::{FeedForwardWeights, Model, Weight};
-use gguf::arch::{Dim, RopeLayout};
-use gguf::{Hparams, TensorInfo};
-use kernels::cuda::{Buffer, CacheType, Device, Form, GRANULE, Heads, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix};
-use kernels::cuda::{attention, matmul, partial_floats, rotate};
-use kernels::vecmath::RopeTable;
+mod memory;
 
-/// Rows of logits that are made at a time.
-const LOGIT_ROWS: usize = 16;
+pub use memory::{Needs, Split, beside_weights, best_split, host_bytes, needs};
+
+use crate::decoder::{self, BATCH, Step, Want, first_wanted, rope_frequencies};
+use crate::error::{Error, Result};
+use crate::kv_cache::{KvCache, KvType};
+use crate::layers;
+use crate::model::{FeedForwardWeights, Model, Weight};
+use gguf::TensorInfo;
+use gguf::arch::{Dim, RopeLayout};
+use kernels::Pool;
+use kernels::cuda::{Buffer, Device, Form, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix, attention, matmul, rotate};
+use kernels::vecmath::RopeTable;
+use memory::{LOGIT_ROWS, cache_type, heads, scratch_floats, widest};
 
 struct Layer {
     norm: Buffer,
@@ -24,7 +28,12 @@ struct Layer {
     output: WeightMatrix,
     biases: [Option<Buffer>; 3],
     head_norms: [Option<Buffer>; 2],
-    ffn_norm: Buffer,
+    /// None: the host runs it.
+    mlp: Option<Mlp>,
+}
+
+struct Mlp {
+    norm: Buffer,
     gate: WeightMatrix,
     up: WeightMatrix,
     down: WeightMatrix,
@@ -44,9 +53,32 @@ struct Scratch {
     q_scales: Buffer,
 }
 
+/// What the CPU runs beside.
+struct Host {
+    scratch: decoder::Scratch,
+    /// Tokens that `scratch` holds.
+    batch: usize,
+    /// Of the layers that are here whole.
+    cache: KvCache,
+}
+
+impl Host {
+    /// Takes the hidden states of `n` tokens.
+    fn load(&mut self, model: &Model, x: &[f32], n: usize) {
+        if n > self.batch {
+            self.scratch = decoder::Scratch::new(model.hparams(), n);
+            self.batch = n;
+        }
+        self.scratch.x[..x.len()].copy_from_slice(x);
+    }
+}
+
 pub struct GpuDecoder<'m> {
     model: &'m Model,
     device: Device,
+    split: Split,
+    host: Option<Host>,
+    /// The layers after the host's.
     layers: Vec<Layer>,
     output_norm: Buffer,
     output: WeightMatrix,
@@ -59,55 +91,21 @@ pub struct GpuDecoder<'m> {
     rope: RopeTable,
     frequencies: Vec<f64>,
     magnitude: f32,
+    /// Hidden states of a batch, on their way between host and GPU.
+    x: Vec<f32>,
     logits: Vec<f32>,
 }
 
-fn heads(h: &Hparams) -> Heads {
-    Heads {
-        n_kv_heads: h.n_kv_heads as usize,
-        group: (h.n_heads / h.n_kv_heads) as usize,
-        key_dim: h.head_dim as usize,
-        value_dim: h.value_dim as usize,
-    }
-}
-
-fn cache_type(kv: KvType) -> Result<CacheType> {
-    match kv {
-        KvType::F16 => Ok(CacheType::F16),
-        KvType::Q8_0 => Ok(CacheType::Q8),
-        KvType::Q4_0 => Ok(CacheType::Q4),
-        KvType::F32 => Err(Error::BadOption { what: "the KV type", value: kv.name().into(), rule: "f16, q8_0 or q4_0 on a GPU" }),
-    }
-}
-
-/// Floats of the scratch buffers, in the order in which they are allocated.
-fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 12] {
-    let (pairs, dim) = (h.rope_dim as usize / 2, |d| h.dim(d) as usize);
-    [
-        h.hidden as usize * batch,
-        dim(Dim::Q) * batch,
-        dim(Dim::K) * batch,
-        dim(Dim::V) * batch,
-        dim(Dim::AttnOut) * batch,
-        h.ffn as usize * batch,
-        h.ffn as usize * batch,
-        h.vocab as usize * LOGIT_ROWS.min(batch),
-        partial_floats(heads(h), batch),
-        pairs * batch,
-        pairs * batch,
-        batch,
-    ]
-}
-
-/// The widest input of a matmul.
-fn widest(h: &Hparams) -> usize {
-    h.hidden.max(h.ffn).max(h.dim(Dim::AttnOut)) as usize
-}
-
 impl<'m> GpuDecoder<'m> {
-    /// Uploads the model and allocates everything else that `ctx` tokens need.
-    pub fn new(model: &'m Model, device: &Device, ctx: usize, kv: KvType) -> Result<GpuDecoder<'m>> {
+    /// Uploads what `split` puts on the GPU and allocates everything else that `ctx` tokens need; fails before
+    /// anything is read if that has no room.
+    pub fn new(model: &'m Model, device: &Device, ctx: usize, kv: KvType, split: Split) -> Result<GpuDecoder<'m>> {
         let h = model.hparams();
+        let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
+        let (needed, available) = (needs(h, &tensors, ctx, kv, split)?.peak(), device.room()?);
+        if needed > available {
+            return Err(Error::GpuTooSmall { what: "the model", needed, available });
+        }
         let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
         let mut forms: Vec<Form> = vec![];
         let mut upload = |w: &Weight| -> Result<WeightMatrix> {
@@ -120,22 +118,22 @@ impl<'m> GpuDecoder<'m> {
             Ok(matrix)
         };
         let mut layers = vec![];
-        for layer in &model.layers {
-            let FeedForwardWeights::Dense(mlp) = &layer.feed_forward else {
-                return Err(Error::NotOnGpu { what: "a model with experts" });
+        for layer in &model.layers[split.on_host.min(model.layers.len())..] {
+            let mlp = match &layer.feed_forward {
+                FeedForwardWeights::Dense(mlp) => Some(Mlp {
+                    norm: device.upload_floats("norms", &layer.ffn_norm)?,
+                    gate: upload(&mlp.gate)?,
+                    up: upload(&mlp.up)?,
+                    down: upload(&mlp.down)?,
+                }),
+                FeedForwardWeights::Experts { .. } => None,
             };
             let a = &layer.attention;
-            if a.output_bias.is_some() {
-                return Err(Error::NotOnGpu { what: "a bias of attention's output" });
-            }
             layers.push(Layer {
                 qkv: [upload(&a.q)?, upload(&a.k)?, upload(&a.v)?],
                 output: upload(&a.output)?,
-                gate: upload(&mlp.gate)?,
-                up: upload(&mlp.up)?,
-                down: upload(&mlp.down)?,
+                mlp,
                 norm: device.upload_floats("norms", &a.norm)?,
-                ffn_norm: device.upload_floats("norms", &layer.ffn_norm)?,
                 biases: vectors(device, [&a.q_bias, &a.k_bias, &a.v_bias])?,
                 head_norms: vectors(device, [&a.q_norm, &a.k_norm])?,
             });
@@ -159,9 +157,17 @@ impl<'m> GpuDecoder<'m> {
             q_scales: next()?,
         };
         let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
+        let host = if split.on_host > 0 || h.n_experts > 0 {
+            let cache = KvCache::for_layers(h, split.on_host, ctx, kv)?;
+            Some(Host { scratch: decoder::Scratch::new(h, 1), batch: 1, cache })
+        } else {
+            None
+        };
         Ok(GpuDecoder {
             model,
             device: device.clone(),
+            split,
+            host,
             layers,
             output_norm,
             output,
@@ -174,8 +180,22 @@ impl<'m> GpuDecoder<'m> {
             rope: RopeTable::default(),
             frequencies,
             magnitude,
+            x: vec![],
             logits: vec![],
         })
+    }
+
+    pub fn model(&self) -> &'m Model {
+        self.model
+    }
+
+    pub fn split(&self) -> Split {
+        self.split
+    }
+
+    /// Tokens that can be stored.
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Tokens stored.
@@ -190,27 +210,41 @@ impl<'m> GpuDecoder<'m> {
     /// Forgets all tokens from position `n` on.
     pub fn truncate(&mut self, n: usize) {
         self.len = self.len.min(n);
+        if let Some(host) = &mut self.host {
+            host.cache.truncate(n);
+        }
     }
 
     /// As `Decoder::forward`, with the cache that is here.
-    pub fn forward(&mut self, tokens: &[u32], want: Want) -> Result<&[f32]> {
+    pub fn forward(&mut self, pool: &Pool, tokens: &[u32], want: Want) -> Result<&[f32]> {
         let first_wanted = first_wanted(self.model, self.len, self.capacity, tokens, want)?;
         self.logits.clear();
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
-            self.run_batch(batch, first_wanted.saturating_sub(i * self.batch))?;
+            self.run_batch(pool, batch, first_wanted.saturating_sub(i * self.batch))?;
         }
         Ok(&self.logits)
     }
 
-    fn run_batch(&mut self, tokens: &[u32], from: usize) -> Result<()> {
+    fn run_batch(&mut self, pool: &Pool, tokens: &[u32], from: usize) -> Result<()> {
         let h = self.model.hparams();
         let (n, hidden, ffn) = (tokens.len(), h.hidden as usize, h.ffn as usize);
         self.send(tokens)?;
+        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos: self.len, observer: None };
         let d = &self.device;
         let s = &self.scratch;
+        if let Some(host) = self.host.as_mut().filter(|_| self.split.on_host > 0) {
+            host.load(self.model, &self.x, n);
+            for (i, layer) in self.model.layers[..self.split.on_host].iter().enumerate() {
+                layers::attention::run(&step, i, &layer.attention, &mut host.cache, &mut host.scratch);
+                layers::feed_forward::run(&step, layer, &mut host.scratch);
+            }
+            self.x.copy_from_slice(&host.scratch.x[..n * hidden]);
+        }
+        s.x.write_floats(&self.x)?;
         let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
         let window = h.sliding_window.map_or(usize::MAX, |w| w as usize);
-        for (layer, cache) in self.layers.iter().zip(&mut self.cache) {
+        let models = &self.model.layers[self.split.on_host..];
+        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models) {
             let job = |weights, out| Job { weights, out, add: false };
             self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
             let [q, k, v] = &s.qkv;
@@ -229,14 +263,25 @@ impl<'m> GpuDecoder<'m> {
             self.inputs.fill(d, &s.attended, 0, n, attn_out, OnTheWay::Nothing, &[layer.output.form()])?;
             matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], &self.inputs)?;
 
-            let norm = OnTheWay::Norm { weight: &layer.ffn_norm, eps };
-            self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&layer.gate, &layer.up]))?;
-            matmul(d, &[job(&layer.gate, &s.gate), job(&layer.up, &s.up)], &self.inputs)?;
-            self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[layer.down.form()])?;
-            matmul(d, &[Job { weights: &layer.down, out: &s.x, add: true }], &self.inputs)?;
+            if let Some(mlp) = &layer.mlp {
+                let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
+                self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
+                matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], &self.inputs)?;
+                self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
+                matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], &self.inputs)?;
+            } else if let Some(host) = &mut self.host {
+                self.x.clear();
+                s.x.read_floats_into(n * hidden, &mut self.x)?;
+                host.load(self.model, &self.x, n);
+                layers::feed_forward::run(&step, in_map, &mut host.scratch);
+                s.x.write_floats(&host.scratch.x[..n * hidden])?;
+            }
         }
         let first = self.len;
         self.len += n;
+        if let Some(host) = &mut self.host {
+            host.cache.advance(n);
+        }
         for row in (from..n).step_by(LOGIT_ROWS.min(self.batch)) {
             let rows = LOGIT_ROWS.min(self.batch).min(n - row);
             let norm = OnTheWay::Norm { weight: &self.output_norm, eps };
@@ -250,14 +295,13 @@ impl<'m> GpuDecoder<'m> {
         Ok(())
     }
 
-    /// The batch's embeddings, angles and query scales.
+    /// The batch's embeddings to `x`; angles and query scales to the GPU.
     fn send(&mut self, tokens: &[u32]) -> Result<()> {
         let h = self.model.hparams();
-        let mut x = vec![0.0f32; tokens.len() * h.hidden as usize];
-        for (t, row) in tokens.iter().zip(x.chunks_exact_mut(h.hidden as usize)) {
+        self.x.resize(tokens.len() * h.hidden as usize, 0.0);
+        for (t, row) in tokens.iter().zip(self.x.chunks_exact_mut(h.hidden as usize)) {
             self.model.embed(*t, row)?;
         }
-        self.scratch.x.write_floats(&x)?;
         let positions = self.len..self.len + tokens.len();
         self.rope.fill(positions.clone(), &self.frequencies, self.magnitude);
         let (cos, sin) = self.rope.tables();
@@ -266,6 +310,17 @@ impl<'m> GpuDecoder<'m> {
         let scales: Vec<f32> = positions.map(|p| h.query_scale(p as u64)).collect();
         Ok(self.scratch.q_scales.write_floats(&scales)?)
     }
+}
+
+/// The model with as many layers on `device` as it has room for.
+pub fn place<'m>(model: &'m Model, device: &Device, ctx: usize, kv: KvType) -> Result<GpuDecoder<'m>> {
+    let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
+    let (h, available) = (model.hparams(), device.room()?);
+    let Some(split) = best_split(h, &tensors, ctx, kv, available)? else {
+        let needed = needs(h, &tensors, ctx, kv, Split { on_host: h.n_layers as usize })?.peak();
+        return Err(Error::GpuTooSmall { what: "the head with its scratch", needed, available });
+    };
+    GpuDecoder::new(model, device, ctx, kv, split)
 }
 
 fn vectors<const N: usize>(device: &Device, from: [&Option<Vec<f32>>; N]) -> Result<[Option<Buffer>; N]> {
@@ -285,47 +340,4 @@ fn forms(matrices: &[&WeightMatrix]) -> Vec<Form> {
         }
     }
     out
-}
-
-/// Bytes that a GPU holds of a model with a cache of `ctx` tokens, buffer by buffer as they are allocated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Needs {
-    pub weights: u64,
-    pub kv: u64,
-    pub scratch: u64,
-    /// Beside the weights while they are loaded, before the rest is there.
-    pub staging: u64,
-}
-
-impl Needs {
-    pub fn peak(&self) -> u64 {
-        self.weights + self.staging.max(self.kv + self.scratch)
-    }
-}
-
-/// What [`GpuDecoder::new`] will allocate; `tensors` are the file's.
-pub fn needs(h: &Hparams, tensors: &[TensorInfo], ctx: usize, kv: KvType) -> Result<Needs> {
-    let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
-    let counted = |bytes: u64| bytes.max(1).next_multiple_of(GRANULE);
-    let tied = !tensors.iter().any(|t| t.name() == "output.weight");
-    let on_host = |name: &str| name == "rope_freqs.weight" || !tied && name == "token_embd.weight";
-    let (mut weights, mut staging) = (0, 0);
-    let mut forms: Vec<Form> = vec![];
-    for t in tensors.iter().filter(|t| !on_host(t.name())) {
-        let columns = t.row_len() as usize;
-        if t.dims().len() == 1 {
-            weights += counted(4 * columns as u64);
-            continue;
-        }
-        let rows = (t.n_elements() / t.row_len()) as usize;
-        weights += counted(WeightMatrix::bytes_for(t.block(), rows, columns));
-        staging = staging.max(counted(WeightMatrix::staging_for(t.block(), rows, columns)));
-        if let Some(form) = Form::of(t.block()).filter(|f| !forms.contains(f)) {
-            forms.push(form);
-        }
-    }
-    let kv = h.n_layers * LayerCache::bytes_for(heads, ctx, kind).iter().map(|b| counted(*b as u64)).sum::<u64>();
-    let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], batch, widest(h)))).sum();
-    let scratch = inputs + scratch_floats(h, batch).iter().map(|n| counted(4 * *n as u64)).sum::<u64>();
-    Ok(Needs { weights, kv, scratch, staging })
 }

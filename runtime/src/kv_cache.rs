@@ -160,11 +160,16 @@ pub struct KvCache {
 
 impl KvCache {
     pub fn new(h: &Hparams, capacity: usize, kind: KvType) -> Result<KvCache> {
+        KvCache::for_layers(h, h.n_layers as usize, capacity, kind)
+    }
+
+    /// For the first `n_layers` layers only.
+    pub(crate) fn for_layers(h: &Hparams, n_layers: usize, capacity: usize, kind: KvType) -> Result<KvCache> {
         let needed = kind.bytes(h.kv_elements_per_token()).checked_mul(capacity as u64);
         let needed = needed.and_then(|n| usize::try_from(n).ok()).filter(|&n| n < isize::MAX as usize);
         let needed = needed.ok_or(Error::OutOfMemory { what: "KV cache", needed: usize::MAX })?;
         let zeroed = |n: u64, dim: u64| Store::zeroed(kind, n as usize * capacity, dim as usize, needed);
-        let layers = (0..h.n_layers)
+        let layers = (0..n_layers)
             .map(|_| Ok((zeroed(h.dim(Dim::K), h.head_dim)?, zeroed(h.dim(Dim::V), h.value_dim)?)))
             .collect::<Result<Vec<_>>>()?;
         Ok(KvCache {

@@ -50,12 +50,11 @@ pub(crate) enum Norm {
 impl<'m> Runner<'m> {
     pub fn new(model: &'m Model, context: usize) -> Result<Self> {
         let h = model.hparams();
-        let one_layer = gguf::Hparams { n_layers: 1, ..h.clone() };
         let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
         Ok(Runner {
             model,
             scratch: Scratch::new(h, context.min(BATCH)),
-            cache: KvCache::new(&one_layer, context, KvType::F16)?,
+            cache: KvCache::for_layers(h, 1, context, KvType::F16)?,
             rope: RopeTable::default(),
             frequencies,
             magnitude,

@@ -6,7 +6,6 @@ pub mod chat_template;
 mod cost;
 mod decoder;
 mod error;
-#[cfg(any(feature = "cuda", feature = "cuda-host"))]
 pub mod gpu;
 mod kv_cache;
 mod layers;

@@ -2,7 +2,10 @@
 //! from the header alone. The sums are those the runtime allocates by.
 
 use crate::decoder::{BATCH, Scratch};
+use crate::error::{Error, Result};
+use crate::gpu::{self, Split};
 use crate::kv_cache::KvType;
+use gguf::limits::MAX_CONTEXT;
 use gguf::{Hparams, TensorInfo};
 
 #[derive(Debug, Clone)]
@@ -23,10 +26,19 @@ impl Device {
 
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
+    /// On the device planned for, every layer of it (experts and the embedding of a GPU's model lie on the host).
     pub fits: bool,
-    /// Largest context that fits; 0 if not even one token does.
+    /// Largest context with which it does; 0 if not even one token does.
     pub max_ctx: u64,
     pub ctx: u64,
+    pub devices: Vec<Device>,
+    /// A model that does not fit a GPU whole: as many layers as it holds, the others on the CPU.
+    pub split: Option<SplitPlan>,
+}
+
+#[derive(Debug, Clone)]
+pub struct SplitPlan {
+    pub gpu_layers: u64,
     pub devices: Vec<Device>,
 }
 
@@ -44,31 +56,96 @@ pub struct Request {
     pub vram: Option<u64>,
 }
 
-/// Bytes that a GPU of `vram` bytes has for weights beside a context of `ctx` tokens and scratch; 0 if none.
-pub fn room_for_weights(h: &Hparams, vram: u64, ctx: u64, kv: KvType) -> u64 {
-    vram.saturating_sub(GPU_CONTEXT + kv.bytes(h.kv_elements_per_token()) * ctx + Scratch::bytes(h, BATCH))
+/// Bytes that may be allocated on a GPU of `vram` bytes.
+pub fn gpu_budget(vram: u64) -> u64 {
+    vram.saturating_sub(GPU_CONTEXT)
 }
 
-/// Plans for one device: the GPU if `vram` is given (the embedding stays on the host), else the CPU.
-pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> MemoryPlan {
-    let all: u64 = tensors.iter().map(TensorInfo::n_bytes).sum();
-    let tied = !tensors.iter().any(|t| t.name() == "output.weight");
-    let embedding: u64 = tensors.iter().filter(|t| t.name() == "token_embd.weight").map(TensorInfo::n_bytes).sum();
-    let kv = |ctx: u64| r.kv.bytes(h.kv_elements_per_token()) * ctx;
-    let scratch = Scratch::bytes(h, BATCH);
-    let own = h.context_length;
-    let (name, budget, weights, fixed) = match r.vram {
-        None => ("cpu", r.ram, all, scratch + PROCESS),
-        Some(vram) => ("gpu", vram.saturating_sub(GPU_CONTEXT), if tied { all } else { all - embedding }, scratch),
-    };
-    let room = budget.saturating_sub(weights + fixed);
-    let max_ctx = if budget < weights + fixed { 0 } else { (room / kv(1).max(1)).min(own) };
-    let ctx = if r.ctx == 0 { max_ctx.clamp(1, own) } else { r.ctx };
-    let mut devices = vec![Device { name: name.into(), budget, weights, kv: kv(ctx), scratch: fixed }];
-    let fits = devices[0].total() <= budget;
-    if r.vram.is_some() {
-        let host = if tied { 0 } else { embedding };
-        devices.push(Device { name: "cpu".into(), budget: r.ram, weights: host, kv: 0, scratch: PROCESS });
+/// Bytes that a GPU of `vram` bytes has for `n_tensors` quantized weights beside a context of `ctx` tokens and scratch; 0 if none.
+pub fn room_for_weights(h: &Hparams, n_tensors: usize, vram: u64, ctx: u64, kv: KvType) -> Result<u64> {
+    Ok(gpu_budget(vram).saturating_sub(gpu::beside_weights(h, n_tensors, checked(ctx)? as usize, kv)?))
+}
+
+fn checked(ctx: u64) -> Result<u64> {
+    if ctx > MAX_CONTEXT {
+        return Err(Error::BadOption { what: "the context", value: ctx.to_string(), rule: "at most 134217728 tokens" });
     }
-    MemoryPlan { fits: fits && devices.iter().all(|d| d.total() <= d.budget), max_ctx, ctx, devices }
+    Ok(ctx)
+}
+
+/// Largest number of tokens up to `most` that fits; 0 if not even one does. `fits` holds up to some number only.
+fn largest(most: u64, fits: impl Fn(u64) -> Result<bool>) -> Result<u64> {
+    let (mut fitting, mut too_many) = (0, most.max(1) + 1);
+    while fitting + 1 < too_many {
+        let middle = fitting + (too_many - fitting) / 2;
+        match fits(middle)? {
+            true => fitting = middle,
+            false => too_many = middle,
+        }
+    }
+    Ok(fitting)
+}
+
+struct Model<'a> {
+    h: &'a Hparams,
+    tensors: &'a [TensorInfo],
+    request: &'a Request,
+}
+
+impl Model<'_> {
+    fn cpu(&self, ctx: u64) -> Device {
+        Device {
+            name: "cpu".into(),
+            budget: self.request.ram,
+            weights: self.tensors.iter().map(TensorInfo::n_bytes).sum(),
+            kv: self.request.kv.bytes(self.h.kv_elements_per_token()) * ctx,
+            scratch: Scratch::bytes(self.h, BATCH) + PROCESS,
+        }
+    }
+
+    /// A GPU with every layer but the split's, and the host beside it.
+    fn gpu(&self, vram: u64, ctx: u64, split: Split) -> Result<Vec<Device>> {
+        let (h, r) = (self.h, self.request);
+        let needs = gpu::needs(h, self.tensors, ctx as usize, r.kv, split)?;
+        let host_runs = split.on_host > 0 || h.n_experts > 0;
+        let gpu = Device {
+            name: "gpu".into(),
+            budget: gpu_budget(vram),
+            weights: needs.weights,
+            kv: needs.kv,
+            scratch: needs.peak() - needs.weights - needs.kv,
+        };
+        let host = Device {
+            name: "cpu".into(),
+            budget: r.ram,
+            weights: gpu::host_bytes(h, self.tensors, split),
+            kv: r.kv.bytes(h.kv_elements_per_token() / h.n_layers) * split.on_host as u64 * ctx,
+            scratch: PROCESS + if host_runs { Scratch::bytes(h, BATCH) } else { 0 },
+        };
+        Ok(vec![gpu, host])
+    }
+}
+
+/// Plans for one device: the GPU if `vram` is given (the embedding, and experts, stay on the host), else the CPU.
+pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> Result<MemoryPlan> {
+    let m = Model { h, tensors, request: r };
+    let devices = |ctx| match r.vram {
+        None => Ok(vec![m.cpu(ctx)]),
+        Some(vram) => m.gpu(vram, ctx, Split::WHOLE),
+    };
+    let fits = |devices: &[Device]| devices.iter().all(|d| d.total() <= d.budget);
+    let max_ctx = largest(h.context_length.min(MAX_CONTEXT), |ctx| Ok(fits(&devices(ctx)?)))?;
+    let own = if max_ctx == 0 && r.vram.is_some() { h.context_length.min(4096) } else { max_ctx.max(1) };
+    let ctx = if r.ctx == 0 { own } else { checked(r.ctx)? };
+    let devices = devices(ctx)?;
+    let mut plan = MemoryPlan { fits: fits(&devices), max_ctx, ctx, devices, split: None };
+    if let (false, Some(vram)) = (plan.fits, r.vram)
+        && let Some(split) = gpu::best_split(h, tensors, ctx as usize, r.kv, gpu_budget(vram))?
+    {
+        let devices = m.gpu(vram, ctx, split)?;
+        if fits(&devices) {
+            plan.split = Some(SplitPlan { gpu_layers: h.n_layers - split.on_host as u64, devices });
+        }
+    }
+    Ok(plan)
 }

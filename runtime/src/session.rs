@@ -2,12 +2,14 @@
 
 use crate::decoder::{Decoder, Want};
 use crate::error::{Error, Result};
+use crate::gpu::{self, GpuDecoder, Split};
 use crate::kv_cache::{KvCache, KvType};
 use crate::model::Model;
 use crate::prefetch::Prefetch;
 use crate::sampler::Sampler;
 use crate::tokenizer::Tokenizer;
 use kernels::Pool;
+use kernels::cuda::Device;
 use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,28 +52,51 @@ impl Generation {
     }
 }
 
+/// What runs the model.
+enum Engine<'m> {
+    Cpu { decoder: Box<Decoder<'m>>, cache: KvCache, prefetch: Prefetch },
+    Gpu(Box<GpuDecoder<'m>>),
+}
+
 pub struct Session<'m> {
-    decoder: Decoder<'m>,
-    cache: KvCache,
+    model: &'m Model,
+    engine: Engine<'m>,
     history: Vec<u32>,
-    prefetch: Prefetch,
 }
 
 impl<'m> Session<'m> {
-    /// `context` of 0 takes the model's own length, at most 4096 unless asked for more; `kv` is how the cache is stored.
-    pub fn new(model: &'m Model, context: usize, kv: KvType) -> Result<Session<'m>> {
+    /// On the CPU, or with as many layers as have room on `device`. `context` of 0 takes the model's own length, at
+    /// most 4096 unless asked for more; `kv` is how the cache is stored.
+    pub fn new(model: &'m Model, device: Option<&Device>, context: usize, kv: KvType) -> Result<Session<'m>> {
         let own = model.hparams().context_length as usize;
         let context = if context == 0 { own.min(4096) } else { context };
         if context > own && model.hparams().rope_scaling == gguf::RopeScaling::None && context > 4 * own {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let cache = KvCache::new(model.hparams(), context, kv)?;
-        Ok(Session { decoder: Decoder::new(model), cache, history: Vec::new(), prefetch: Prefetch::start(model) })
+        let engine = match device {
+            Some(device) => Engine::Gpu(Box::new(gpu::place(model, device, context, kv)?)),
+            None => {
+                let cache = KvCache::new(model.hparams(), context, kv)?;
+                Engine::Cpu { decoder: Box::new(Decoder::new(model)), cache, prefetch: Prefetch::start(model) }
+            }
+        };
+        Ok(Session { model, engine, history: Vec::new() })
     }
 
     pub fn context(&self) -> usize {
-        self.cache.capacity()
+        match &self.engine {
+            Engine::Cpu { cache, .. } => cache.capacity(),
+            Engine::Gpu(decoder) => decoder.capacity(),
+        }
+    }
+
+    /// Which layers are on the GPU; None: there is none.
+    pub fn split(&self) -> Option<Split> {
+        match &self.engine {
+            Engine::Cpu { .. } => None,
+            Engine::Gpu(decoder) => Some(decoder.split()),
+        }
     }
 
     pub fn history(&self) -> &[u32] {
@@ -80,21 +105,31 @@ impl<'m> Session<'m> {
 
     /// Appends tokens and returns the last one's logits.
     pub fn feed(&mut self, pool: &Pool, tokens: &[u32]) -> Result<&[f32]> {
-        if let Some(reason) = self.prefetch.error() {
-            return Err(Error::Prefetch { reason });
-        }
-        self.decoder.model().file().check_length()?;
+        self.model.file().check_length()?;
         self.history.extend_from_slice(tokens);
-        self.decoder.forward(pool, &mut self.cache, tokens, Want::Last)
+        match &mut self.engine {
+            Engine::Gpu(decoder) => decoder.forward(pool, tokens, Want::Last),
+            Engine::Cpu { decoder, cache, prefetch } => match prefetch.error() {
+                Some(reason) => Err(Error::Prefetch { reason }),
+                None => decoder.forward(pool, cache, tokens, Want::Last),
+            },
+        }
     }
 
     /// Keeps what a new prompt shares with the past, so that only the rest is computed; returns the rest.
     pub fn rewind_to_common<'t>(&mut self, prompt: &'t [u32]) -> &'t [u32] {
         let common = self.history.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // At least one token must run to give logits.
-        let common = common.min(prompt.len().saturating_sub(1)).min(self.cache.len());
+        let stored = match &self.engine {
+            Engine::Cpu { cache, .. } => cache.len(),
+            Engine::Gpu(decoder) => decoder.len(),
+        };
+        let common = common.min(prompt.len().saturating_sub(1)).min(stored);
         self.history.truncate(common);
-        self.cache.truncate(common);
+        match &mut self.engine {
+            Engine::Cpu { cache, .. } => cache.truncate(common),
+            Engine::Gpu(decoder) => decoder.truncate(common),
+        }
         &prompt[common..]
     }
 
@@ -114,7 +149,7 @@ impl<'m> Session<'m> {
         let rest = self.rewind_to_common(prompt).to_vec();
         let (needed, available) = (prompt.len() + n, self.context());
         if needed > available {
-            let hint = format!("raise --ctx or lower -n (the model was trained for {})", self.decoder.model().hparams().context_length);
+            let hint = format!("raise --ctx or lower -n (the model was trained for {})", self.model.hparams().context_length);
             return Err(Error::ContextTooSmall { needed, available, hint });
         }
         let mut out = Generation {

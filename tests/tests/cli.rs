@@ -105,7 +105,13 @@ fn inspect_plan_and_verify_answer_in_json() {
     let weights = gpu["weights"].as_u64().unwrap() + cpu["weights"].as_u64().unwrap();
     assert!((13.335e9..13.345e9).contains(&(weights as f64)), "{weights}");
     assert_eq!((gpu["kv"].clone(), p["fits"].clone()), ((229_376u64 * 32_768).into(), true.into()));
-    assert_eq!(json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--json"])["fits"], false);
+    assert_eq!(json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--ram", "32GiB", "--json"])["fits"], false);
+    // With memory for the experts it does; a dense model too large for the card is split between it and the CPU.
+    assert_eq!(json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--ram", "96GiB", "--json"])["fits"], true);
+    let p = json(&["plan", "mistral-22b", "-t", "Q8_0", "--ctx", "32768", "--vram", "24GiB", "--ram", "16GiB", "--json"]);
+    let layers = p["split"]["gpu_layers"].as_u64().unwrap();
+    assert!(p["fits"] == false && p["max_ctx"].as_u64() < Some(32768) && (40..56).contains(&layers), "{p}");
+    assert!(p["split"]["devices"].as_array().unwrap().iter().all(|d| d["total"].as_u64() <= d["budget"].as_u64()), "{p}");
     let v = json(&["verify", path(&file), "--against", path(&demo()), "--json"]);
     assert_eq!(v["ok"], true);
     for t in v["tensors"].as_array().unwrap() {
@@ -199,6 +205,12 @@ fn bad_input_is_one_line_and_exit_code_1() {
     fails(&["plan", "no-such-shape", "-t", "Q4_K_M"], &["no-such-shape", "mistral-22b"]);
     fails(&["plan", f, "--kv", "f8"], &["--kv"]);
     fails(&["run", f, "-p", "x", "--kv", "q9"], &["--kv", "q8_0"]);
+    fails(&["run", f, "-p", "x", "--vram", "1GiB"], &["--device gpu"]);
+    // Built without its kernels, as the tests are, or without a driver.
+    fails(&["run", f, "-p", "x", "--device", "gpu"], &["no GPU can be used", "--device cpu"]);
+    fails(&["chat", f, "--device", "gpu"], &["no GPU can be used", "--device cpu"]);
+    fails(&["plan", f, "--ctx", "999999999999"], &["context", "at most"]);
+    fails(&["plan", f, "--kv", "f32", "--vram", "1GiB"], &["KV type", "on a GPU"]);
     fails(&["synth", "huge", "-t", "Q4_0", "-o", path(&folder.file("x"))], &["huge"]);
     fails(&["inspect", path(&demo())], &["folder"]);
     fails(&["bench", f, "-r", "0"], &["nothing to measure"]);

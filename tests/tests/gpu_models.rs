@@ -4,8 +4,9 @@
 
 use kernels::Pool;
 use kernels::cuda::Device;
-use runtime::gpu::{GpuDecoder, needs};
-use runtime::{Decoder, KvCache, KvType, Model, Want};
+use runtime::gpu::{GpuDecoder, Split, needs};
+use runtime::tokenizer::EncodeOptions;
+use runtime::{Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};
 use tests::gpu::devices;
 use tests::{Folder, convert, demo, fixture, fixtures, relative_rms};
 
@@ -16,14 +17,14 @@ fn on_cpu(model: &Model, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
     parts.iter().flat_map(|p| decoder.forward(&pool, &mut cache, p, Want::From(0)).unwrap().to_vec()).collect()
 }
 
-fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
-    let mut decoder = GpuDecoder::new(model, device, 128, kv).unwrap();
+fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType, split: Split) -> Vec<f32> {
+    let (mut decoder, pool) = (GpuDecoder::new(model, device, 128, kv, split).unwrap(), Pool::new(2));
     // What was planned from the header is what was allocated, to the byte.
     let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
-    let planned = needs(model.hparams(), &tensors, 128, kv).unwrap();
+    let planned = needs(model.hparams(), &tensors, 128, kv, split).unwrap();
     assert_eq!(device.used(), planned.weights + planned.kv + planned.scratch);
     assert!(device.peak() <= planned.peak(), "{} is past {planned:?}", device.peak());
-    parts.iter().flat_map(|p| decoder.forward(p, Want::From(0)).unwrap().to_vec()).collect()
+    parts.iter().flat_map(|p| decoder.forward(&pool, p, Want::From(0)).unwrap().to_vec()).collect()
 }
 
 /// F16: activations as halves (2^-11) at each of some tens of matmuls, and in attention. Quantized: the same
@@ -38,31 +39,60 @@ fn logits_are_the_cpus() {
     for (kind, kv, tolerance) in cases {
         let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
         for device in devices(&[false]) {
-            let error = relative_rms(&on_gpu(&model, &device, &parts, kv), &on_cpu(&model, &parts, kv));
+            let error = relative_rms(&on_gpu(&model, &device, &parts, kv, Split::WHOLE), &on_cpu(&model, &parts, kv));
             println!("{kind} {}: {error:.6} on {}", kv.name(), device.name());
             assert!(error < tolerance, "{kind}: logits {error} apart");
         }
     }
 }
 
-/// Every fixture's wiring (biases, head norms, YaRN, tied heads, windows), in F16; experts are refused by name.
+/// Every fixture's wiring (biases, head norms, YaRN, tied heads, windows, experts on the host), in F16, whole and
+/// with the first layer on the host.
 #[test]
 fn fixtures_have_the_cpus_logits() {
     let folder = Folder::new("gpu-fixtures");
     let ids: Vec<u32> = (0..24u32).map(|i| (i * 37 + 5) % 512).collect();
     for name in fixtures() {
         let model = Model::open(&convert(&fixture(&name), "F16", &folder)).unwrap();
-        for device in devices(&[false]) {
-            if model.hparams().n_experts > 0 {
-                let e = GpuDecoder::new(&model, &device, 64, KvType::F16).err().unwrap().to_string();
-                assert!(e.contains("experts"), "{e}");
-                continue;
+        let parts = [&ids[..20], &ids[20..]];
+        let cpu = on_cpu(&model, &parts, KvType::F16);
+        for on_host in [0, 1] {
+            for device in devices(&[false]) {
+                let error = relative_rms(&on_gpu(&model, &device, &parts, KvType::F16, Split { on_host }), &cpu);
+                println!("{name}: {error:.6} on {}, {on_host} layers on the host", device.name());
+                assert!(error < 5e-3, "{name}: logits {error} apart with {on_host} layers on the host");
             }
-            let parts = [&ids[..20], &ids[20..]];
-            let error = relative_rms(&on_gpu(&model, &device, &parts, KvType::F16), &on_cpu(&model, &parts, KvType::F16));
-            println!("{name}: {error:.6} on {}", device.name());
-            assert!(error < 5e-3, "{name}: logits {error} apart");
         }
+    }
+}
+
+/// Greedy text is the CPU's, through a session, which also puts as many layers on a GPU as it has room for.
+#[test]
+fn greedy_text_is_the_cpus() {
+    let folder = Folder::new("gpu-text");
+    let model = Model::open(&convert(&demo(), "Q8_0", &folder)).unwrap();
+    let tokenizer = Tokenizer::from_metadata(model.file().metadata()).unwrap();
+    let prompt = tokenizer.encode("A vector is", EncodeOptions::PROMPT).unwrap();
+    let (pool, h) = (Pool::new(2), model.hparams());
+    // On this host a token takes a quarter of a second; on a GPU, nothing.
+    let text = |device: Option<&Device>, n: usize| {
+        let mut session = Session::new(&model, device, 512, KvType::F16).unwrap();
+        let mut greedy = Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() }).unwrap();
+        let ids = session.generate(&pool, &tokenizer, &prompt, n, &mut greedy, |_| true).unwrap().ids;
+        (ids, session.split())
+    };
+    for device in devices(&[false]) {
+        let n = if device.name() == "host" { 24 } else { 256 };
+        let (ids, split) = text(Some(&device), n);
+        assert_eq!((ids, split), (text(None, n).0, Some(Split::WHOLE)), "{}", device.name());
+    }
+    #[cfg(feature = "cuda-host")]
+    {
+        let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
+        let half = Split { on_host: h.n_layers as usize / 2 };
+        let room = needs(h, &tensors, 512, KvType::F16, half).unwrap().peak();
+        let (ids, split) = text(Some(&Device::host(room, false)), 24);
+        assert_eq!((ids, split), (text(None, 24).0, Some(half)));
     }
 }
 
@@ -73,7 +103,9 @@ fn a_model_that_does_not_fit_is_refused() {
     let folder = Folder::new("gpu-small");
     let model = Model::open(&convert(&demo(), "Q4_0", &folder)).unwrap();
     let device = Device::host(3 << 20, false);
-    let e = GpuDecoder::new(&model, &device, 128, KvType::F16).err().unwrap().to_string();
+    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE).err().unwrap().to_string();
     assert!(e.contains("GPU memory") && e.contains("3145728"), "{e}");
+    let e = Session::new(&model, Some(&Device::host(1 << 20, false)), 128, KvType::F16).err().unwrap().to_string();
+    assert!(e.contains("the head") && e.contains("1048576"), "{e}");
     assert_eq!(device.used(), 0);
 }

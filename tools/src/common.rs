@@ -2,10 +2,11 @@
 //! cache first), parsing sizes, progress bars, writing results.
 
 use anyhow::{Context, Result, bail};
-use gguf::{Array, Metadata, Value};
+use gguf::{Array, Hparams, Metadata, Value};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kernels::cuda::Device;
 use quant::convert::Progress;
-use runtime::{KvType, Model};
+use runtime::{KvType, Model, Session};
 use serde_json::{Value as Json, json};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -58,6 +59,40 @@ pub fn parse_size(s: &str) -> std::result::Result<u64, String> {
 /// A KV cache type by name.
 pub fn kv_type(name: &str) -> Result<KvType> {
     KvType::by_name(name).with_context(|| format!("--kv {name} is unknown; use f16, q8_0 or q4_0 (f32 for parity checks)"))
+}
+
+/// Where a model runs; shared by the commands that run one.
+#[derive(clap::Args)]
+pub struct Placement {
+    /// Where to run: cpu, or gpu (as many layers as it has room for, the others on the CPU)
+    #[arg(long, default_value = "cpu", value_parser = ["cpu", "gpu"])]
+    device: String,
+    /// Use no more of the GPU than a card of this size has [default: all of it]
+    #[arg(long, value_parser = parse_size)]
+    vram: Option<u64>,
+}
+
+impl Placement {
+    /// The GPU, if one is asked for.
+    pub fn device(&self) -> Result<Option<Device>> {
+        match (self.device.as_str(), self.vram) {
+            ("gpu", vram) => {
+                let cap = vram.map_or(0, |v| runtime::plan::gpu_budget(v).max(1));
+                Ok(Some(Device::first(cap)?))
+            }
+            (_, Some(_)) => bail!("--vram caps a GPU; give --device gpu with it"),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Says which layers are where, if a GPU has any.
+pub fn state_split(session: &Session, device: Option<&Device>, h: &Hparams) {
+    if let (Some(split), Some(device)) = (session.split(), device) {
+        let on_gpu = h.n_layers - split.on_host as u64;
+        let experts = if h.n_experts > 0 { ", experts on the CPU" } else { "" };
+        eprintln!("grist: {on_gpu} of {} layers on {}{experts}", h.n_layers, device.name());
+    }
 }
 
 pub fn show_bytes(n: u64) -> String {

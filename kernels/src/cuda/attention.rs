@@ -61,13 +61,19 @@ impl LayerCache {
         })
     }
 
-    pub fn new(device: &Device, heads: Heads, capacity: usize, kind: CacheType) -> Result<LayerCache> {
+    /// Whether the kernels take such heads.
+    pub fn check(heads: Heads, kind: CacheType) -> Result<()> {
         let dims = [heads.key_dim, heads.value_dim];
         let unit = if kind == CacheType::F16 { 8 } else { KV_BLOCK };
         if dims.iter().any(|d| *d > MOST_DIM || !d.is_multiple_of(unit) || *d == 0) {
             let cause = format!("heads of {} and {} values; it takes multiples of {unit} up to {MOST_DIM}", dims[0], dims[1]);
             return Err(Error::Gpu { what: "attention", cause });
         }
+        Ok(())
+    }
+
+    pub fn new(device: &Device, heads: Heads, capacity: usize, kind: CacheType) -> Result<LayerCache> {
+        LayerCache::check(heads, kind)?;
         let [k, v] = LayerCache::bytes_for(heads, capacity, kind);
         Ok(LayerCache { heads, capacity, kind, keys: device.allocate("KV cache", k)?, values: device.allocate("KV cache", v)? })
     }

@@ -30,10 +30,11 @@ unsafe impl Send for Driver {}
 unsafe impl Sync for Driver {}
 
 fn failed(what: &'static str) -> impl FnOnce(result::DriverError) -> Error {
-    move |e| {
-        let text = |c: std::result::Result<&std::ffi::CStr, _>| c.map(|c| c.to_string_lossy().into_owned()).unwrap_or_default();
-        Error::Gpu { what, cause: text(e.error_string()) }
-    }
+    move |e| Error::Gpu { what, cause: text(e) }
+}
+
+fn text(e: result::DriverError) -> String {
+    e.error_string().map(|c| c.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 fn none(reason: String) -> Error {
@@ -46,7 +47,7 @@ impl Driver {
         if !unsafe { sys::is_culib_present() } {
             return Err(none("no NVIDIA driver is installed".into()));
         }
-        result::init().map_err(|e| none(failed("init")(e).to_string()))?;
+        result::init().map_err(|e| none(format!("the NVIDIA driver does not start: {}", text(e))))?;
         let mut version = 0;
         // SAFETY: writes one int.
         unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(failed("driver version"))?;

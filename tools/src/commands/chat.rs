@@ -30,6 +30,8 @@ pub struct Args {
     /// KV cache type: f16, q8_0 or q4_0
     #[arg(long, default_value = "f16")]
     kv: String,
+    #[command(flatten)]
+    placement: common::Placement,
     /// Threads [default: GRIST_THREADS, else all that the system grants]
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -42,13 +44,15 @@ fn message(role: &str, content: &str) -> serde_json::Value {
 pub fn run(a: Args) -> Result<()> {
     let mut sampler = Sampler::new(a.sampling.options())?;
     let kv = common::kv_type(&a.kv)?;
+    let device = a.placement.device()?;
     let model = common::open_model(&a.model)?;
     let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
     if tokenizer.chat_template.is_none() {
         return Err(runtime::Error::NoTemplate.into());
     }
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, a.ctx, kv)?;
+    let mut session = Session::new(&model, device.as_ref(), a.ctx, kv)?;
+    common::state_split(&session, device.as_ref(), model.hparams());
     let start: Vec<_> = a.system.iter().map(|s| message("system", s)).collect();
     let mut request = ChatRequest { messages: start.clone(), tools: vec![] };
     let interactive = std::io::stdin().is_terminal();

@@ -3,7 +3,8 @@
 use crate::common;
 use anyhow::{Result, bail};
 use gguf::{Hparams, TensorInfo};
-use runtime::plan::{MemoryPlan, Request};
+use runtime::plan::{Device, MemoryPlan, Request};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -38,7 +39,7 @@ pub fn run(a: Args) -> Result<()> {
         Some(r) => r,
         None => runtime::available_memory().ok_or_else(|| anyhow::anyhow!("the memory of this system is not known; give --ram SIZE"))?,
     };
-    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, kv, ram, vram: a.vram });
+    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, kv, ram, vram: a.vram })?;
     if a.json { common::print_json(&to_json(&plan)) } else { print(&plan, &h, &a.kv) }
 }
 
@@ -69,20 +70,26 @@ fn describe(model: &str, kind: Option<&str>) -> Result<(Hparams, Vec<TensorInfo>
 }
 
 fn to_json(p: &MemoryPlan) -> serde_json::Value {
-    let devices: Vec<_> = p
-        .devices
-        .iter()
-        .map(|d| serde_json::json!({"name": d.name, "budget": d.budget, "weights": d.weights, "kv": d.kv, "scratch": d.scratch, "total": d.total()}))
-        .collect();
-    serde_json::json!({"fits": p.fits, "max_ctx": p.max_ctx, "ctx": p.ctx, "devices": devices})
+    let device = |d: &Device| json!({"name": d.name, "budget": d.budget, "weights": d.weights, "kv": d.kv, "scratch": d.scratch, "total": d.total()});
+    let devices = |all: &[Device]| all.iter().map(device).collect::<Vec<_>>();
+    let mut out = json!({"fits": p.fits, "max_ctx": p.max_ctx, "ctx": p.ctx, "devices": devices(&p.devices)});
+    if let Some(s) = &p.split {
+        out["split"] = json!({"gpu_layers": s.gpu_layers, "devices": devices(&s.devices)});
+    }
+    out
 }
 
-fn print(p: &MemoryPlan, h: &Hparams, kv: &str) -> Result<()> {
+fn table(devices: &[Device]) -> String {
     let mut out = format!("{:<5} {:>12} {:>12} {:>12} {:>12} {:>12}\n", "", "weights", "KV", "scratch", "total", "budget");
-    for d in &p.devices {
+    for d in devices {
         let cells = [d.weights, d.kv, d.scratch, d.total(), d.budget].map(common::show_bytes);
         out += &format!("{:<5} {:>12} {:>12} {:>12} {:>12} {:>12}\n", d.name, cells[0], cells[1], cells[2], cells[3], cells[4]);
     }
+    out
+}
+
+fn print(p: &MemoryPlan, h: &Hparams, kv: &str) -> Result<()> {
+    let mut out = table(&p.devices);
     out += &match (p.fits, p.max_ctx) {
         (true, max) => format!(
             "fits with {} tokens of {kv} KV; the largest context that fits is {max} (the model's own is {})\n",
@@ -94,5 +101,9 @@ fn print(p: &MemoryPlan, h: &Hparams, kv: &str) -> Result<()> {
         }
         (false, max) => format!("does not fit with {} tokens of {kv} KV; the largest context that fits is {max}\n", p.ctx),
     };
+    if let Some(s) = &p.split {
+        out +=
+            &format!("split, it runs: {} of {} layers on the GPU, the others on the CPU\n{}", s.gpu_layers, h.n_layers, table(&s.devices));
+    }
     common::say(&out)
 }

@@ -127,7 +127,7 @@ fn choose_types(plan: Plan, a: &Args, overrides: &[Override]) -> Result<Plan> {
         (_, _, Some(vram)) => {
             let h = gguf::Hparams::from_metadata(plan.layout().metadata())?;
             let ctx = if a.ctx == 0 { h.context_length } else { a.ctx };
-            let room = runtime::plan::room_for_weights(&h, vram, ctx, common::kv_type(&a.kv)?);
+            let room = runtime::plan::room_for_weights(&h, plan.layout().tensors().len(), vram, ctx, common::kv_type(&a.kv)?)?;
             if room == 0 {
                 bail!("{} holds no {ctx} tokens of {} KV, let alone weights; choose a smaller --ctx", common::show_bytes(vram), a.kv);
             }

@@ -66,6 +66,8 @@ pub struct Args {
     /// KV cache type: f16, q8_0 or q4_0
     #[arg(long, default_value = "f16")]
     kv: String,
+    #[command(flatten)]
+    placement: common::Placement,
     /// Threads [default: GRIST_THREADS, else all that the system grants]
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -84,6 +86,7 @@ pub fn run(a: Args) -> Result<()> {
         return Err(runtime::Error::EmptyPrompt.into());
     }
     let kv = common::kv_type(&a.kv)?;
+    let device = a.placement.device()?;
     let model = common::open_model(&a.model)?;
     let tokenizer = Tokenizer::from_metadata(model.file().metadata())?;
     let ids = tokenizer.encode(&prompt, EncodeOptions::PROMPT)?;
@@ -91,7 +94,8 @@ pub fn run(a: Args) -> Result<()> {
     // Unless told otherwise, room for what was asked, as far as the model's own context goes.
     let ctx = if a.ctx == 0 { own.min(4096.max(ids.len() + a.n)) } else { a.ctx };
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, ctx, kv)?;
+    let mut session = Session::new(&model, device.as_ref(), ctx, kv)?;
+    common::state_split(&session, device.as_ref(), model.hparams());
     let mut stream = Utf8Stream::default();
     let mut text = String::new();
     let mut broken = None;
