@@ -29,7 +29,7 @@ fn main() {
         let copies = if test { 1 } else { ((128 << 20) / bytes).max(1) };
         let weights: Vec<Vec<u8>> = (0..copies).map(|_| vec![0x11; bytes]).collect();
         for &tokens in &batches {
-            let mut acts = Activations::new(kernel.activation());
+            let mut acts = Activations::for_kernel(&**kernel);
             let x: Vec<f32> = (0..tokens * cols).map(|_| random.normal()).collect();
             acts.quantize(&pool, &x, cols);
             let mut out = vec![0.0; tokens * rows];

@@ -29,6 +29,8 @@ macro_rules! each {
 pub(crate) use each;
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512vnni;
@@ -207,6 +209,34 @@ pub trait Isa: Copy + Send + Sync + 'static {
             }
         }
     }
+    /// Whether quantized types prefill in matrix tiles, by the methods below.
+    const MATRIX_TILES: bool = false;
+    /// (byte − offset) · scale of each byte as the two bytes of a 16-bit number, low and high; the lane's scale is
+    /// in both halves of `scale`.
+    fn digits(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
+        let product = |q: u32, scale: u32, i: u32| ((q >> (8 * i) & 255) as i16).wrapping_sub(offset).wrapping_mul(scale as i16);
+        [0, 8].map(|shift| each!(16, |r| (0..4).fold(0, |all, i| all | u32::from((product(q[r], scale[r], i) >> shift) as u8) << (8 * i))))
+    }
+    /// Prepares this thread's tiles for products over `k` columns at a time.
+    fn begin_tiles(self, _k: MatrixDepth) {}
+    /// Gives them up.
+    fn end_tiles(self) {}
+    /// Quarter Q of: Σ over 256 columns of 16 tokens each of `x` with 16 rows, out\[2b\] against `low`, unsigned, and
+    /// out\[2b + 1\] against `high`, signed. `out` is written by quarter 3, with the sums of the calls for quarters 0, 1,
+    /// 2 and 3 that came before without other tile work between. Tiles are `MatrixDepth::Columns64`.
+    fn tile_digits<const Q: usize>(self, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
+        for (x, out) in x.into_iter().zip(out.as_chunks_mut::<2>().0).filter(|_| Q == 3) {
+            reference_tile(x, low, 0..64, |b| i32::from(b), &mut out[0]);
+            reference_tile(x, high, 0..64, |b| i32::from(b as i8), &mut out[1]);
+        }
+    }
+    /// Quarter Q of: the same of signed weights over each block of 32 columns apart; writes out\[2Q\] and out\[2Q + 1\].
+    /// Tiles are `MatrixDepth::Columns32`.
+    fn tile_blocks<const Q: usize>(self, x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
+        for (b, out) in out.iter_mut().enumerate().skip(2 * Q).take(2) {
+            reference_tile(x, w, 8 * b..8 * b + 8, |b| i32::from(b as i8), out);
+        }
+    }
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }
@@ -217,6 +247,33 @@ pub enum TileShape {
     FourByThree,
     OneBySix,
     OneByThree,
+}
+
+/// Columns that one product of matrix tiles covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatrixDepth {
+    Columns32,
+    Columns64,
+}
+
+/// Tokens of a matrix tile.
+pub const MATRIX_TOKENS: usize = 16;
+/// 256 columns of 16 tokens: 64 columns of each token, then the next 64.
+pub type MatrixQuants = [[[i8; 64]; MATRIX_TOKENS]; 4];
+
+/// Sums of 16 tokens, each over 16 rows.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub struct MatrixSums(pub [Lanes; MATRIX_TOKENS]);
+
+/// What matrix tiles compute, for rows that have none and for tests: Σ over `steps` (four columns each).
+fn reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Range<usize>, value: impl Fn(u8) -> i32, out: &mut MatrixSums) {
+    for (t, out) in out.0.iter_mut().enumerate() {
+        for (r, out) in out.iter_mut().enumerate() {
+            let dword = |s: usize| (0..4).map(|i| value((w[s][r] >> (8 * i)) as u8) * i32::from(x[s / 16][t][s % 16 * 4 + i])).sum::<i32>();
+            *out = steps.clone().map(dword).sum::<i32>() as u32;
+        }
+    }
 }
 
 /// Tokens whose activations lie interleaved in a panel.
@@ -244,12 +301,12 @@ pub(crate) use detected;
 
 /// Declares an ISA row: token, CPU check and `vectorize`, from one feature list.
 macro_rules! isa_token {
-    ($name:ident, [$($feature:tt),* $(,)?]) => {
+    ($name:ident $(<const $flag:ident: bool>)?, [$($feature:tt),* $(,)?]) => {
         /// Proof that this CPU has the row's features.
         #[derive(Clone, Copy, Debug)]
-        pub struct $name(());
+        pub struct $name$(<const $flag: bool>)?(());
 
-        impl $name {
+        impl$(<const $flag: bool>)? $name$(<$flag>)? {
             pub const FEATURES: &'static str = concat!($($feature, " "),*);
 
             fn check() -> Option<Self> {
@@ -259,7 +316,7 @@ macro_rules! isa_token {
 
             fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
                 $(#[target_feature(enable = $feature)])*
-                fn with_features<O: crate::isa::Op>(isa: $name, op: O) -> O::Out {
+                fn with_features<$(const $flag: bool,)? O: crate::isa::Op>(isa: $name$(<$flag>)?, op: O) -> O::Out {
                     op.run(isa)
                 }
                 // SAFETY: `self` exists only if `check` found every feature named above.
@@ -276,7 +333,7 @@ pub(crate) use isa_token;
 #[macro_export]
 macro_rules! isa_rows {
     ($m:ident) => {
-        $m! { $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
+        $m! { $crate::isa::avx512vnni::Amx, $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
     };
 }
 
@@ -322,6 +379,14 @@ pub fn available() -> Vec<&'static str> {
 pub fn selected() -> &'static str {
     static CHOICE: OnceLock<&'static str> = OnceLock::new();
     CHOICE.get_or_init(|| check_forced().ok().flatten().unwrap_or(available()[0]))
+}
+
+/// Whether the row in force has matrix tiles.
+pub fn has_matrix_tiles() -> bool {
+    macro_rules! any {
+        ($($isa:ty),*) => { false $(|| <$isa as Isa>::MATRIX_TILES && selected() == <$isa as Isa>::NAME)* };
+    }
+    isa_rows!(any)
 }
 
 /// Validates `GRIST_ISA`; a program calls it at start so that a bad value is an error, not a surprise.

@@ -46,6 +46,8 @@ pub trait MatmulKernel: Send + Sync {
     fn name(&self) -> String;
     fn activation(&self) -> ActivationFormat;
     fn tolerance(&self) -> f32;
+    /// Whether many tokens are multiplied in matrix tiles.
+    fn uses_matrix_tiles(&self) -> bool;
     /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each.
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>);
 }
@@ -131,6 +133,10 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
 
     fn tolerance(&self) -> f32 {
         W::TOLERANCE
+    }
+
+    fn uses_matrix_tiles(&self) -> bool {
+        I::MATRIX_TILES && W::ACTIVATION != ActivationFormat::Float
     }
 
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
@@ -265,14 +271,19 @@ pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
     let n = acts.n_tokens();
     let inputs: Vec<(Matmul, &[u8])> = jobs.iter().map(|j| (j.plan, j.weights)).collect();
     for (plan, weights) in &inputs {
-        assert!(plan.activation() == acts.format() && plan.cols == acts.cols(), "activations do not fit the kernel");
+        assert!(acts.are_for(plan.kernel) && plan.cols == acts.cols(), "activations do not fit the kernel");
         assert!(weights.len() == plan.rows * plan.row_bytes, "weights do not fit the plan");
     }
     let mut outs: Vec<Matrix<'_>> = jobs
         .iter_mut()
         .map(|j| {
-            let (tokens, rows) =
-                if acts.in_panels() { (PANEL_TOKENS, panel::ROWS) } else { (n, rows_per_tile(&j.plan, pool.n_threads(), n)) };
+            let (tokens, rows) = if acts.in_matrix_tiles() {
+                (panel::matrix::TOKENS, panel::matrix::rows_per_tile(j.plan.rows, pool.n_threads()))
+            } else if acts.in_panels() {
+                (PANEL_TOKENS, panel::ROWS)
+            } else {
+                (n, rows_per_tile(&j.plan, pool.n_threads(), n))
+            };
             Matrix::new(j.out, n, j.plan.rows, tokens, rows)
         })
         .collect();

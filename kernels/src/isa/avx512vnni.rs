@@ -1,14 +1,19 @@
-//! AVX-512 with VNNI (Ice Lake, Zen 4 and later): a vector is one zmm.
+//! AVX-512 with VNNI (Ice Lake, Zen 4 and later): a vector is one zmm. The
+//! row `amx` (Sapphire Rapids and later) is the same vocabulary, its prefill on
+//! matrix tiles (`amx.rs`).
 //!
 //! SAFETY of every block in this file: the methods take a token that only
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TileShape, TokenDwords, isa_token};
+use super::{Isa, Lanes, MatrixDepth, MatrixQuants, MatrixSums, Op, TileShape, TokenDwords, amx, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-isa_token!(Avx512Vnni, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"]);
+isa_token!(Avx512<const AMX: bool>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"]);
+
+pub type Avx512Vnni = Avx512<false>;
+pub type Amx = Avx512<true>;
 
 /// acc + a₀·b₀ + a₁·b₁ of 16-bit halves. Not the intrinsic, which the compiler
 /// turns into a multiply and an add to shorten a chain: two instructions,
@@ -100,14 +105,14 @@ unsafe fn four_steps(p: &mut [[__m512i; 3]; 4], w: [&[Lanes; 4]; 4], x: &[TokenD
     }
 }
 
-impl Isa for Avx512Vnni {
-    const NAME: &'static str = "avx512vnni";
+impl<const AMX: bool> Isa for Avx512<AMX> {
+    const NAME: &'static str = if AMX { "amx" } else { "avx512vnni" };
     type Bytes = __m512i;
     type Int = __m512i;
     type Float = __m512;
 
     fn detect() -> Option<Self> {
-        Self::check()
+        Self::check().filter(|_| !AMX || amx::is_available())
     }
 
     fn vectorize<O: Op>(self, op: O) -> O::Out {
@@ -398,6 +403,55 @@ impl Isa for Avx512Vnni {
 
     const SIGNED_BIAS: i32 = 128;
     const TILE: TileShape = TileShape::FourByThree;
+    const MATRIX_TILES: bool = AMX;
+
+    #[inline(always)]
+    fn digits(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
+        // SAFETY: AVX-512BW, by the token; 64 readable and writable bytes, by the types.
+        unsafe {
+            let (q, scale) = (self.load_lanes(q), self.load_lanes(scale));
+            let (bytes, offset) = (_mm512_set1_epi16(255), _mm512_set1_epi16(offset));
+            // Bytes 0 and 2 of each dword, and 1 and 3.
+            let even = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_and_si512(q, bytes), offset), scale);
+            let odd = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_srli_epi16::<8>(q), offset), scale);
+            let low = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, even, _mm512_slli_epi16::<8>(odd));
+            let high = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, _mm512_srli_epi16::<8>(even), odd);
+            let mut out = [[0u32; 16]; 2];
+            _mm512_storeu_si512(out[0].as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(out[1].as_mut_ptr().cast(), high);
+            out
+        }
+    }
+
+    fn begin_tiles(self, k: MatrixDepth) {
+        if AMX {
+            // SAFETY: AMX, by the token.
+            unsafe { amx::configure(k) }
+        }
+    }
+
+    fn end_tiles(self) {
+        if AMX {
+            // SAFETY: AMX, by the token.
+            unsafe { amx::release() }
+        }
+    }
+
+    #[inline(always)]
+    fn tile_digits<const Q: usize>(self, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
+        if AMX {
+            // SAFETY: AMX, by the token.
+            unsafe { amx::digits::<Q>(x, low, high, out) }
+        }
+    }
+
+    #[inline(always)]
+    fn tile_blocks<const Q: usize>(self, x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
+        if AMX {
+            // SAFETY: AMX, by the token.
+            unsafe { amx::blocks::<Q>(x, w, out) }
+        }
+    }
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {

@@ -5,13 +5,15 @@
 //! (K-quants, so that sub-block scales can be applied in integers and floats
 //! enter once a super-block). Rows are padded with zeros to a multiple of 256.
 //!
-//! They are kept in one of two layouts. *Rows*, for a few tokens: a token's
+//! They are kept in one of three layouts. *Rows*, for a few tokens: a token's
 //! values in order, beside Σ q of each 16, for the types' offsets and mins.
 //! *Panels*, for many: groups of [`GROUP`] tokens interleaved by dwords, so
-//! that the tile kernels of `panel.rs` read one stream.
+//! that the tile kernels of `panel.rs` read one stream; or, where the ISA has
+//! matrix tiles and the values are quantized, blocks of 16 tokens.
 
-use super::panel::{FloatBlock, QuantizedBlock, SLAB};
-use crate::isa::{self, GROUP, Isa, Op, each};
+use super::MatmulKernel;
+use super::panel::{FloatBlock, MatrixBlock, QuantizedBlock, SLAB};
+use crate::isa::{self, GROUP, Isa, MATRIX_TOKENS, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use std::cell::RefCell;
 
@@ -41,6 +43,8 @@ pub const PANEL_MIN_TOKENS: usize = 8;
 #[derive(Debug)]
 pub struct Activations {
     format: ActivationFormat,
+    /// Many tokens become `MatrixBlock`s.
+    for_matrix_tiles: bool,
     n_tokens: usize,
     cols: usize,
     padded: usize,
@@ -52,6 +56,7 @@ pub struct Activations {
     /// slabs × groups
     blocks: Vec<QuantizedBlock>,
     float_blocks: Vec<FloatBlock>,
+    matrix_blocks: Vec<MatrixBlock>,
 }
 
 /// One token's row.
@@ -75,9 +80,20 @@ thread_local! {
 }
 
 impl Activations {
+    /// For the kernels of the ISA in force.
     pub fn new(format: ActivationFormat) -> Activations {
+        Activations::with(format, format != ActivationFormat::Float && isa::has_matrix_tiles())
+    }
+
+    /// For a kernel of the caller's choice (tests and benches).
+    pub fn for_kernel(kernel: &dyn MatmulKernel) -> Activations {
+        Activations::with(kernel.activation(), kernel.uses_matrix_tiles())
+    }
+
+    fn with(format: ActivationFormat, for_matrix_tiles: bool) -> Activations {
         Activations {
             format,
+            for_matrix_tiles,
             n_tokens: 0,
             cols: 0,
             padded: 0,
@@ -88,7 +104,13 @@ impl Activations {
             x: Vec::new(),
             blocks: Vec::new(),
             float_blocks: Vec::new(),
+            matrix_blocks: Vec::new(),
         }
+    }
+
+    /// Whether `kernel` reads what is, or would be, stored here.
+    pub fn are_for(&self, kernel: &dyn MatmulKernel) -> bool {
+        kernel.activation() == self.format && kernel.uses_matrix_tiles() == self.for_matrix_tiles
     }
 
     pub fn format(&self) -> ActivationFormat {
@@ -108,8 +130,13 @@ impl Activations {
         self.n_tokens >= PANEL_MIN_TOKENS
     }
 
+    /// True if the panels are blocks for matrix tiles.
+    pub(super) fn in_matrix_tiles(&self) -> bool {
+        self.for_matrix_tiles && self.in_panels()
+    }
+
     fn n_groups(&self) -> usize {
-        self.n_tokens.div_ceil(GROUP)
+        self.n_tokens.div_ceil(if self.for_matrix_tiles { MATRIX_TOKENS } else { GROUP })
     }
 
     /// Bytes that such a batch takes: what a planner counts.
@@ -117,6 +144,7 @@ impl Activations {
         let (slabs, groups) = (cols.div_ceil(SLAB), n_tokens.div_ceil(GROUP));
         match format {
             ActivationFormat::Float => slabs * groups * size_of::<FloatBlock>(),
+            _ if isa::has_matrix_tiles() => slabs * n_tokens.div_ceil(MATRIX_TOKENS) * size_of::<MatrixBlock>(),
             _ => slabs * groups * size_of::<QuantizedBlock>(),
         }
     }
@@ -137,14 +165,10 @@ impl Activations {
             return self.fill_rows(produce);
         }
         // A task makes one group's column of blocks.
-        if format == ActivationFormat::Float {
-            self.float_blocks.resize(slabs * groups, FloatBlock::EMPTY);
-            let out = Matrix::new(&mut self.float_blocks, slabs, groups, slabs, 1);
-            pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
-        } else {
-            self.blocks.resize(slabs * groups, QuantizedBlock::EMPTY);
-            let out = Matrix::new(&mut self.blocks, slabs, groups, slabs, 1);
-            pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
+        match (format, self.for_matrix_tiles) {
+            (ActivationFormat::Float, _) => fill_blocks(&mut self.float_blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
+            (_, true) => fill_blocks(&mut self.matrix_blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
+            (_, false) => fill_blocks(&mut self.blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
         }
     }
 
@@ -185,6 +209,11 @@ impl Activations {
         &self.blocks[slab * n..(slab + 1) * n]
     }
 
+    pub(super) fn matrix_slab(&self, slab: usize) -> &[MatrixBlock] {
+        let n = self.n_groups();
+        &self.matrix_blocks[slab * n..(slab + 1) * n]
+    }
+
     pub(super) fn float_slab(&self, slab: usize) -> &[FloatBlock] {
         let n = self.n_groups();
         &self.float_blocks[slab * n..(slab + 1) * n]
@@ -195,6 +224,10 @@ impl Activations {
         let (g, t_in) = (t / GROUP, t % GROUP);
         let value = |i: usize| match (self.in_panels(), self.format) {
             (true, ActivationFormat::Float) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
+            (true, f) if self.for_matrix_tiles => {
+                let (b, t) = (&self.matrix_slab(i / SLAB)[t / MATRIX_TOKENS], t % MATRIX_TOKENS);
+                b.d[i % SLAB / f.run_len()][t] * f32::from(b.q[i % SLAB / 64][t][i % 64])
+            }
             (true, f) => {
                 let b = &self.slab(i / SLAB)[g];
                 b.d[i % SLAB / f.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
@@ -234,8 +267,52 @@ impl Op for QuantizeRows<'_> {
     }
 }
 
+/// Fills blocks of slabs × groups, a group's column a task.
+fn fill_blocks<B: PanelBlock>(
+    blocks: &mut Vec<B>,
+    pool: &Pool,
+    (slabs, groups): (usize, usize),
+    n_tokens: usize,
+    cols: usize,
+    format: ActivationFormat,
+    produce: &(dyn Fn(usize, &mut [f32]) + Sync),
+) {
+    blocks.resize(slabs * groups, B::EMPTY);
+    let out = Matrix::new(blocks, slabs, groups, slabs, 1);
+    pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
+}
+
+/// 256 values of a token, quantized.
+struct Quantized {
+    q: [u8; SLAB],
+    /// Scale of each 32.
+    d: [f32; 8],
+    /// Σ q of each 16.
+    sums_16: [i32; 16],
+}
+
+#[inline(always)]
+fn quantize_slab<I: Isa>(isa: I, x: &[f32], format: ActivationFormat) -> Quantized {
+    let run = format.run_len();
+    let (mut q, mut d) = ([0u8; SLAB], [0.0; 8]);
+    for (i, q) in q.chunks_exact_mut(run).enumerate() {
+        let scale = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
+        d[i * run / 32..(i + 1) * run / 32].fill(scale);
+    }
+    let sums_16 = sums_of_16(isa, &[1; SLAB], &q);
+    Quantized { q, d, sums_16 }
+}
+
+/// Two 16-bit sums in one.
+#[inline(always)]
+fn pair(low: i32, high: i32) -> i32 {
+    (low & 0xffff) | (high << 16)
+}
+
 /// A block of a panel, filled token by token.
-trait PanelBlock: Send + Sync {
+trait PanelBlock: Send + Sync + Clone {
+    const EMPTY: Self;
+    const TOKENS: usize;
     /// Token `t`'s values of this slab (fewer at the end of a row).
     fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat);
     /// After all tokens.
@@ -243,6 +320,9 @@ trait PanelBlock: Send + Sync {
 }
 
 impl PanelBlock for FloatBlock {
+    const EMPTY: Self = FloatBlock::EMPTY;
+    const TOKENS: usize = GROUP;
+
     #[inline(always)]
     fn put<I: Isa>(&mut self, _: I, t: usize, x: &[f32], _: ActivationFormat) {
         for (i, out) in self.x.iter_mut().enumerate() {
@@ -254,22 +334,47 @@ impl PanelBlock for FloatBlock {
     fn finish(&mut self) {}
 }
 
-impl PanelBlock for QuantizedBlock {
+impl PanelBlock for MatrixBlock {
+    const EMPTY: Self = MatrixBlock::EMPTY;
+    const TOKENS: usize = MATRIX_TOKENS;
+
     #[inline(always)]
     fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
-        let run = format.run_len();
-        let mut q = [0u8; SLAB];
-        for (i, q) in q.chunks_exact_mut(run).enumerate() {
-            let d = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
-            (0..run / 32).for_each(|j| self.d[i * run / 32 + j][t] = d);
+        let Quantized { q, d, sums_16 } = quantize_slab(isa, x, format);
+        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<64>().0) {
+            out[t] = q.map(|v| v as i8);
+        }
+        let sums_32: [i32; 8] = each!(8, |s| sums_16[2 * s] + sums_16[2 * s + 1]);
+        for s in 0..8 {
+            self.d[s][t] = d[s];
+            self.offsets_32[s][t] = sums_32[s] as f32 * d[s];
+            self.pairs_16[s][t] = pair(sums_16[2 * s], sums_16[2 * s + 1]);
+        }
+        for s in 0..4 {
+            self.pairs_32[s][t] = pair(sums_32[2 * s], sums_32[2 * s + 1]);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {}
+}
+
+impl PanelBlock for QuantizedBlock {
+    const EMPTY: Self = QuantizedBlock::EMPTY;
+    const TOKENS: usize = GROUP;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
+        let Quantized { q, d, sums_16: sums } = quantize_slab(isa, x, format);
+        for (out, d) in self.d.iter_mut().zip(d) {
+            out[t] = d;
         }
         for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
             out[t] = q.map(|v| v as i8);
         }
         let mut magnitudes = q;
         magnitudes.iter_mut().for_each(|v| *v = (*v as i8).unsigned_abs());
-        let ones = [1u8; SLAB];
-        let (sums, sizes) = (sums_of_16(isa, &ones, &q), sums_of_16(isa, &magnitudes, &ones));
+        let sizes = sums_of_16(isa, &magnitudes, &[1; SLAB]);
         for (s, sum) in sums.iter().enumerate() {
             self.sums_16[s][t] = *sum;
         }
@@ -291,7 +396,6 @@ impl PanelBlock for QuantizedBlock {
 
     #[inline(always)]
     fn finish(&mut self) {
-        let pair = |a: i32, b: i32| (a & 0xffff) | (b << 16);
         for s in 0..8 {
             for t in 0..GROUP {
                 self.pairs_16[s][t] = pair(self.sums_16[2 * s][t], self.sums_16[2 * s + 1][t]);
@@ -330,10 +434,10 @@ impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let first = self.tile.cols.start * GROUP;
+        let first = self.tile.cols.start * B::TOKENS;
         let mut row = ROW.take();
         row.resize(self.cols, 0.0);
-        for t in 0..GROUP {
+        for t in 0..B::TOKENS {
             if first + t < self.n_tokens {
                 (self.produce)(first + t, &mut row);
             } else {

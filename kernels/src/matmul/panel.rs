@@ -14,11 +14,13 @@
 //! stays in L1 while all tokens pass, the activations of a slab and C (both
 //! about 100–200 KiB for 512 tokens) in L2. A family of types shares a tile
 //! kernel: integer sub-block scales (`integer_scales.rs`), a float scale a 32
-//! (`float_scales.rs`), floats (`floats.rs`).
+//! (`float_scales.rs`), floats (`floats.rs`). CPUs with matrix tiles run the
+//! quantized ones in another order (`matrix.rs`).
 
 pub mod float_scales;
 pub mod floats;
 pub mod integer_scales;
+pub mod matrix;
 
 use super::activation::Activations;
 use crate::isa::{GROUP, Isa, Lanes, TileShape, TokenDwords, TokenInts, each};
@@ -29,6 +31,7 @@ use std::cell::RefCell;
 pub use float_scales::FloatScales;
 pub use floats::{FloatBlock, Floats};
 pub use integer_scales::IntegerScales;
+pub use matrix::{MatrixBlock, MatrixPanel};
 
 /// Columns that a panel covers.
 pub const SLAB: usize = 256;
@@ -91,6 +94,8 @@ pub trait PanelWeights: Send + Sync + 'static {
 pub trait Panel: Sized {
     /// What it keeps of a group of tokens.
     type Tokens;
+    /// What it becomes for matrix tiles.
+    type Matrix: MatrixPanel<From = Self>;
     const EMPTY: Self;
 
     /// All groups of a slab.
@@ -126,6 +131,9 @@ pub const ROWS: usize = 4 * LANES;
 /// Fills `tile` (tokens × rows; the first token is a multiple of GROUP) from `weights`.
 #[inline(always)]
 pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
+    if acts.in_matrix_tiles() {
+        return matrix::run::<I, W>(isa, weights, row_bytes, acts, tile);
+    }
     match I::TILE {
         // Four panels of floats are more than L1.
         TileShape::FourByThree if size_of::<W::Panel>() > 8 << 10 => run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile),

@@ -1,5 +1,6 @@
 //! The tile of types that are decoded to floats: F32, F16, BF16.
 
+use super::matrix::NoMatrix;
 use super::{LANES, Panel, PanelWeights, SLAB, Sums, Upcoming};
 use crate::isa::{GROUP, Isa, each};
 use crate::matmul::activation::Activations;
@@ -22,6 +23,7 @@ pub struct Floats {
 
 impl Panel for Floats {
     type Tokens = FloatBlock;
+    type Matrix = NoMatrix<Floats>;
     const EMPTY: Self = Floats { w: [[0.0; LANES]; SLAB] };
 
     fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {

@@ -12,8 +12,8 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::{LANES, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
-use crate::isa::{GROUP, Isa, Lanes, TokenInts, each};
+use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
+use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, TokenInts, each};
 use crate::matmul::activation::Activations;
 
 #[repr(C, align(64))]
@@ -42,6 +42,7 @@ fn is_narrow<W: PanelWeights>(x: &QuantizedBlock) -> bool {
 
 impl Panel for IntegerScales {
     type Tokens = QuantizedBlock;
+    type Matrix = Digits;
     const EMPTY: Self =
         IntegerScales { q: [[0; LANES]; STEPS], scales: [[0; LANES]; 16], min_pairs: [[0; LANES]; 8], d: [0.0; LANES], dmin: [0.0; LANES] };
 
@@ -153,6 +154,88 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
             for t in 0..T {
                 acc[r][t] = isa.mul_add_int(acc[r][t], p[r][t], scale);
             }
+        }
+    }
+}
+
+/// For matrix tiles, scale · (q − OFFSET), which fits in 16 bits for every type, as two digits:
+///
+/// ```text
+/// Σ scale·(q − OFFSET)·x  =  Σ low·x  +  256 · Σ high·x
+/// ```
+#[repr(C, align(64))]
+pub struct Digits {
+    /// Unsigned bytes.
+    low: [Lanes; STEPS],
+    /// Signed bytes.
+    high: [Lanes; STEPS],
+    min_pairs: [Lanes; 8],
+    d: [f32; LANES],
+    /// 256 · d.
+    d_high: [f32; LANES],
+    /// Negated.
+    dmin: [f32; LANES],
+}
+
+impl MatrixPanel for Digits {
+    type From = IntegerScales;
+    type Sums = [MatrixSums; 4];
+    const EMPTY: Self = Digits {
+        low: [[0; LANES]; STEPS],
+        high: [[0; LANES]; STEPS],
+        min_pairs: [[0; LANES]; 8],
+        d: [0.0; LANES],
+        d_high: [0.0; LANES],
+        dmin: [0.0; LANES],
+    };
+    const NO_SUMS: [MatrixSums; 4] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 4];
+    const DEPTH: MatrixDepth = MatrixDepth::Columns64;
+    const BLOCKS: usize = 2;
+
+    #[inline(always)]
+    fn arrange<I: Isa, W: PanelWeights<Panel = IntegerScales>>(&mut self, isa: I, p: &IntegerScales) {
+        let offset = if W::SIGNED { I::SIGNED_BIAS } else { W::OFFSET } as i16;
+        let steps = W::SUB / 4;
+        for sub in 0..256 / W::SUB {
+            let scale = each!(LANES, |r| (p.scales[sub][r] & 0xffff) * 0x1_0001);
+            for step in sub * steps..(sub + 1) * steps {
+                [self.low[step], self.high[step]] = isa.digits(&p.q[step], &scale, offset);
+            }
+        }
+        (self.min_pairs, self.d, self.dmin) = (p.min_pairs, p.d, p.dmin);
+        self.d_high = each!(LANES, |r| 256.0 * p.d[r]);
+    }
+
+    #[inline(always)]
+    fn products<I: Isa, const Q: usize>(&self, isa: I, x: [&MatrixBlock; 2], out: &mut [MatrixSums; 4]) {
+        isa.tile_digits::<Q>([&x[0].q, &x[1].q], &self.low, &self.high, out);
+    }
+
+    #[inline(always)]
+    fn add_scaled<I: Isa, W: PanelWeights<Panel = IntegerScales>, const Q: usize>(
+        &self,
+        isa: I,
+        b: usize,
+        x: &MatrixBlock,
+        sums: &[MatrixSums; 4],
+        c: &mut [Sums; MATRIX_TOKENS],
+    ) {
+        let (low, high) = (&sums[2 * b].0, &sums[2 * b + 1].0);
+        let (d, d_high, dmin) = (isa.load_float(&self.d), isa.load_float(&self.d_high), isa.load_float(&self.dmin));
+        let pairs: &[[i32; MATRIX_TOKENS]] = if W::SUB == 16 { &x.pairs_16 } else { &x.pairs_32 };
+        let m = each!(8, |pair| isa.load_int(&self.min_pairs[pair]));
+        for t in 4 * Q..4 * Q + 4 {
+            // Both below 2^24, so exact as floats.
+            let (low, high) = (isa.to_float(isa.load_int(&low[t])), isa.to_float(isa.load_int(&high[t])));
+            let mut y = isa.mul_add(high, d_high, isa.mul(low, d));
+            if W::MINS {
+                let mut mins = isa.zero_int();
+                for pair in 0..128 / W::SUB {
+                    mins = isa.dot_pairs(mins, m[pair], isa.splat_int(pairs[pair][t]));
+                }
+                y = isa.mul_add(isa.to_float(mins), dmin, y);
+            }
+            isa.store_float(isa.mul_add(y, isa.splat(x.d[0][t]), isa.load_float(&c[t].0)), &mut c[t].0);
         }
     }
 }

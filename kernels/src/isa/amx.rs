@@ -1,0 +1,209 @@
+//! AMX: eight tile registers of 16 rows × 64 bytes, and products of two of
+//! them: 16 tokens × 16 rows × 64 columns, 16,384 multiplications, in 16 cycles
+//! where VNNI takes 128. The operating system must be asked for them.
+//!
+//! ```text
+//! C (tokens × rows, i32) += A (tokens × 64 columns) · B (16 dwords of columns × rows)
+//! ```
+//!
+//! SAFETY of every block in this file: by each function's contract the CPU
+//! has AMX with int8 and the system has granted it; loads and stores stay in
+//! the arrays they are given.
+
+use super::{Lanes, MatrixDepth, MatrixQuants, MatrixSums};
+use std::arch::asm;
+use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
+
+/// Whether the CPU has AMX and the system, asked here, grants it to this process.
+pub fn is_available() -> bool {
+    static GRANTED: OnceLock<bool> = OnceLock::new();
+    *GRANTED.get_or_init(|| {
+        /// Leaf 7: AMX-TILE and AMX-INT8.
+        const BITS: u32 = 1 << 24 | 1 << 25;
+        __cpuid_count(7, 0).edx & BITS == BITS && granted()
+    })
+}
+
+#[cfg(target_os = "linux")]
+fn granted() -> bool {
+    /// arch_prctl(2): ask for a state component, and that of tile data.
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    // SAFETY: changes only what this process may use; an older kernel refuses.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn granted() -> bool {
+    false
+}
+
+/// The operand of `ldtilecfg`: palette 1, then bytes a row and rows of each tile.
+#[repr(C, align(64))]
+struct Config([u8; 64]);
+
+/// Tiles 0–3 are sums, 4–5 tokens, 6–7 weights.
+const fn config(columns: u8) -> Config {
+    let mut c = [0; 64];
+    c[0] = 1;
+    let mut tile = 0;
+    while tile < 8 {
+        let (row_bytes, rows) = match tile {
+            0..4 => (64, 16),
+            4..6 => (columns, 16),
+            _ => (64, columns / 4),
+        };
+        c[16 + 2 * tile] = row_bytes;
+        c[48 + tile] = rows;
+        tile += 1;
+    }
+    Config(c)
+}
+
+static COLUMNS_32: Config = config(32);
+static COLUMNS_64: Config = config(64);
+
+/// # Safety
+/// AMX.
+pub unsafe fn configure(k: MatrixDepth) {
+    let config = match k {
+        MatrixDepth::Columns32 => &COLUMNS_32,
+        MatrixDepth::Columns64 => &COLUMNS_64,
+    };
+    // SAFETY: reads 64 bytes.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) config, options(readonly, nostack)) }
+}
+
+/// # Safety
+/// AMX.
+pub unsafe fn release() {
+    // SAFETY: forgets the tiles.
+    unsafe { asm!("tilerelease", options(nomem, nostack)) }
+}
+
+/// `Isa::tile_digits`. Sums stay in tiles 0–3 from call to call, which nothing but this file touches.
+///
+/// # Safety
+/// AMX, configured for 64 columns.
+#[inline(always)]
+pub unsafe fn digits<const Q: usize>(x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
+    if Q == 0 {
+        // SAFETY: registers only.
+        unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags)) }
+    }
+    // SAFETY: reads the quarter's 1 KiB of each input.
+    unsafe {
+        asm!(
+            "tileloadd tmm6, [{low} + {row}*1]",
+            "tileloadd tmm4, [{x0} + {row}*1]",
+            "tdpbsud tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{high} + {row}*1]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{x1} + {row}*1]",
+            "tdpbsud tmm2, tmm5, tmm6",
+            "tdpbssd tmm3, tmm5, tmm7",
+            x0 = in(reg) &x[0][Q], x1 = in(reg) &x[1][Q], low = in(reg) &low[16 * Q], high = in(reg) &high[16 * Q],
+            row = in(reg) 64usize,
+            options(readonly, nostack, preserves_flags)
+        );
+    }
+    if Q == 3 {
+        // SAFETY: writes 4 KiB.
+        unsafe {
+            asm!(
+                "tilestored [{out} + {row}*1], tmm0",
+                "tilestored [{out} + {row}*1 + 1024], tmm1",
+                "tilestored [{out} + {row}*1 + 2048], tmm2",
+                "tilestored [{out} + {row}*1 + 3072], tmm3",
+                out = in(reg) out, row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+}
+
+/// `Isa::tile_blocks`. Two blocks of 32 columns lie side by side in 64 of a token.
+///
+/// # Safety
+/// AMX, configured for 32 columns.
+#[inline(always)]
+pub unsafe fn blocks<const Q: usize>(x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
+    macro_rules! two_blocks {
+        ($c:literal, $d:literal) => {
+            asm!(
+                "tileloadd tmm4, [{x} + {row}*1]",
+                "tileloadd tmm6, [{w} + {row}*1]",
+                concat!("tilezero ", $c),
+                concat!("tdpbssd ", $c, ", tmm4, tmm6"),
+                "tileloadd tmm5, [{x} + {row}*1 + 32]",
+                "tileloadd tmm7, [{w} + {row}*1 + 512]",
+                concat!("tilezero ", $d),
+                concat!("tdpbssd ", $d, ", tmm5, tmm7"),
+                concat!("tilestored [{out} + {row}*1], ", $c),
+                concat!("tilestored [{out} + {row}*1 + 1024], ", $d),
+                x = in(reg) &x[Q], w = in(reg) &w[16 * Q], out = in(reg) &mut out[2 * Q], row = in(reg) 64usize,
+                options(nostack, preserves_flags)
+            )
+        };
+    }
+    // SAFETY: reads the quarter's 1 KiB of each input, writes 2 KiB of `out`, whose sums follow each other.
+    unsafe {
+        if Q % 2 == 0 {
+            two_blocks!("tmm0", "tmm1");
+        } else {
+            two_blocks!("tmm2", "tmm3");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Isa;
+    use super::super::avx512vnni::Amx;
+    use super::super::scalar::Scalar;
+    use super::*;
+
+    /// Tiles compute what the vocabulary defines, bit for bit.
+    #[test]
+    fn tiles_are_their_definition() {
+        let Some(amx) = <Amx as Isa>::detect() else { return println!("skipped: no AMX here") };
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state
+        };
+        let mut lanes = || -> [Lanes; 64] { std::array::from_fn(|_| std::array::from_fn(|_| random())) };
+        let (low, high) = (lanes(), lanes());
+        let x: [MatrixQuants; 2] = [low, high].map(|w| {
+            let byte = |i: usize| (w[i % 64][i / 64 % 16] >> (i / 1024 * 8)) as i8;
+            std::array::from_fn(|k| std::array::from_fn(|t| std::array::from_fn(|i| byte(1024 * k + 64 * t + i))))
+        });
+        fn digits<I: Isa>(isa: I, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64]) -> [MatrixSums; 4] {
+            let mut out = [MatrixSums([[0; 16]; 16]); 4];
+            isa.begin_tiles(MatrixDepth::Columns64);
+            isa.tile_digits::<0>(x, low, high, &mut out);
+            isa.tile_digits::<1>(x, low, high, &mut out);
+            isa.tile_digits::<2>(x, low, high, &mut out);
+            isa.tile_digits::<3>(x, low, high, &mut out);
+            isa.end_tiles();
+            out
+        }
+        fn blocks<I: Isa>(isa: I, x: &MatrixQuants, w: &[Lanes; 64]) -> [MatrixSums; 8] {
+            let mut out = [MatrixSums([[0; 16]; 16]); 8];
+            isa.begin_tiles(MatrixDepth::Columns32);
+            isa.tile_blocks::<0>(x, w, &mut out);
+            isa.tile_blocks::<1>(x, w, &mut out);
+            isa.tile_blocks::<2>(x, w, &mut out);
+            isa.tile_blocks::<3>(x, w, &mut out);
+            isa.end_tiles();
+            out
+        }
+        let scalar = Scalar::detect().expect("every CPU has it");
+        let pairs = [&x[0], &x[1]];
+        assert!(digits(amx, pairs, &low, &high).iter().zip(&digits(scalar, pairs, &low, &high)).all(|(a, b)| a.0 == b.0));
+        assert!(blocks(amx, &x[0], &low).iter().zip(&blocks(scalar, &x[0], &low)).all(|(a, b)| a.0 == b.0));
+        let scale = low[0].map(|v| (v & 0xff) * 0x1_0001);
+        assert_eq!(amx.digits(&high[0], &scale, 32), scalar.digits(&high[0], &scale, 32));
+    }
+}
