@@ -226,7 +226,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// 2 and 3 that came before without other tile work between. Tiles are `MatrixDepth::Columns64`.
     fn tile_digits<const Q: usize>(self, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
         for (x, out) in x.into_iter().zip(out.as_chunks_mut::<2>().0).filter(|_| Q == 3) {
-            reference_tile(x, low, 0..64, |b| i32::from(b), &mut out[0]);
+            reference_tile(x, low, 0..64, i32::from, &mut out[0]);
             reference_tile(x, high, 0..64, |b| i32::from(b as i8), &mut out[1]);
         }
     }

@@ -5,6 +5,7 @@ pub mod blame;
 pub mod chat_template;
 mod cost;
 mod decoder;
+mod engine;
 mod error;
 pub mod gpu;
 mod kv_cache;
@@ -19,6 +20,7 @@ mod session;
 pub mod tokenizer;
 
 pub use decoder::{Decoder, Want};
+pub use engine::Engine;
 pub use error::{Error, Result};
 pub use kv_cache::{KvCache, KvType};
 pub use model::{Model, Weight};

@@ -4,12 +4,14 @@
 //! reference, the divergence KL(reference ‖ model) of every scored position,
 //! both models side by side, no logits file.
 
-use crate::decoder::{Decoder, Want};
+use crate::decoder::Want;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::kv_cache::{KvCache, KvType};
+use crate::kv_cache::KvType;
 use crate::layers::per_token;
 use crate::model::Model;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
+use kernels::cuda::Device;
 use kernels::{Pool, vecmath};
 
 #[derive(Debug, Clone, Default)]
@@ -44,6 +46,8 @@ pub struct Options {
     pub max_windows: usize,
     /// Of the model; the reference keeps f16.
     pub kv: KvType,
+    /// A GPU for both; None: the CPU.
+    pub device: Option<Device>,
 }
 
 /// ln p of each token, from logits in place.
@@ -88,24 +92,13 @@ impl Moments {
     }
 }
 
-struct Runner<'m> {
-    decoder: Decoder<'m>,
-    cache: KvCache,
-}
-
-impl<'m> Runner<'m> {
-    fn new(model: &'m Model, context: usize, kv: KvType) -> Result<Self> {
-        Ok(Runner { decoder: Decoder::new(model), cache: KvCache::new(model.hparams(), context, kv)? })
-    }
-
-    /// Log-probabilities at positions `first..` of the window.
-    fn window(&mut self, pool: &Pool, tokens: &[u32], first: usize) -> Result<Vec<f32>> {
-        self.cache.truncate(0);
-        let vocab = self.decoder.model().vocab();
-        let mut logits = self.decoder.forward(pool, &mut self.cache, tokens, Want::From(first))?.to_vec();
-        per_token(pool, &mut logits, vocab, |_, row| log_softmax(row));
-        Ok(logits)
-    }
+/// Log-probabilities at positions `first..` of the window.
+fn log_probabilities(engine: &mut Engine, pool: &Pool, tokens: &[u32], first: usize) -> Result<Vec<f32>> {
+    engine.truncate(0);
+    let vocab = engine.model().vocab();
+    let mut logits = engine.forward(pool, tokens, Want::From(first))?.to_vec();
+    per_token(pool, &mut logits, vocab, |_, row| log_softmax(row));
+    Ok(logits)
 }
 
 /// The text's windows, of which there are at most `max` if that is not 0.
@@ -139,15 +132,16 @@ pub fn run(
     let ctx = options.context;
     let windows = windows(model, text, ctx, options.max_windows)?;
     let n_windows = windows.len();
-    let mut run = Runner::new(model, ctx, options.kv)?;
-    let mut reference = reference.map(|r| Runner::new(r, ctx, KvType::F16)).transpose()?;
+    let device = options.device.as_ref();
+    let mut engine = Engine::new(model, device, ctx, options.kv)?;
+    let mut reference = reference.map(|r| Engine::new(r, device, ctx, KvType::F16)).transpose()?;
     let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());
     let mut divergences = Vec::new();
     let mut same_top = 0usize;
     let (first, vocab) = (ctx / 2, model.vocab());
     for (w, window) in windows.into_iter().enumerate() {
-        let ours = run.window(pool, &window, first)?;
-        let theirs = reference.as_mut().map(|r| r.window(pool, &window, first)).transpose()?;
+        let ours = log_probabilities(&mut engine, pool, &window, first)?;
+        let theirs = reference.as_mut().map(|r| log_probabilities(r, pool, &window, first)).transpose()?;
         for i in 0..ctx - 1 - first {
             let (p, next) = (&ours[i * vocab..(i + 1) * vocab], window[first + i + 1] as usize);
             nll.add(-f64::from(p[next]));

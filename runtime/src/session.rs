@@ -1,9 +1,9 @@
 //! A conversation with a model: context, prefill, token by token, timings.
 
-use crate::decoder::{Decoder, Want};
+use crate::decoder::Want;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::gpu::{self, GpuDecoder, Split};
-use crate::kv_cache::{KvCache, KvType};
+use crate::kv_cache::KvType;
 use crate::model::Model;
 use crate::prefetch::Prefetch;
 use crate::sampler::Sampler;
@@ -52,16 +52,11 @@ impl Generation {
     }
 }
 
-/// What runs the model.
-enum Engine<'m> {
-    Cpu { decoder: Box<Decoder<'m>>, cache: KvCache, prefetch: Prefetch },
-    Gpu(Box<GpuDecoder<'m>>),
-}
-
 pub struct Session<'m> {
-    model: &'m Model,
     engine: Engine<'m>,
     history: Vec<u32>,
+    /// None: what the CPU runs of the model is not read ahead.
+    prefetch: Option<Prefetch>,
 }
 
 impl<'m> Session<'m> {
@@ -74,29 +69,16 @@ impl<'m> Session<'m> {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let engine = match device {
-            Some(device) => Engine::Gpu(Box::new(gpu::place(model, device, context, kv)?)),
-            None => {
-                let cache = KvCache::new(model.hparams(), context, kv)?;
-                Engine::Cpu { decoder: Box::new(Decoder::new(model)), cache, prefetch: Prefetch::start(model) }
-            }
-        };
-        Ok(Session { model, engine, history: Vec::new() })
+        let engine = Engine::new(model, device, context, kv)?;
+        Ok(Session { engine, history: Vec::new(), prefetch: device.is_none().then(|| Prefetch::start(model)) })
+    }
+
+    pub fn engine(&self) -> &Engine<'m> {
+        &self.engine
     }
 
     pub fn context(&self) -> usize {
-        match &self.engine {
-            Engine::Cpu { cache, .. } => cache.capacity(),
-            Engine::Gpu(decoder) => decoder.capacity(),
-        }
-    }
-
-    /// Which layers are on the GPU; None: there is none.
-    pub fn split(&self) -> Option<Split> {
-        match &self.engine {
-            Engine::Cpu { .. } => None,
-            Engine::Gpu(decoder) => Some(decoder.split()),
-        }
+        self.engine.capacity()
     }
 
     pub fn history(&self) -> &[u32] {
@@ -105,31 +87,21 @@ impl<'m> Session<'m> {
 
     /// Appends tokens and returns the last one's logits.
     pub fn feed(&mut self, pool: &Pool, tokens: &[u32]) -> Result<&[f32]> {
-        self.model.file().check_length()?;
-        self.history.extend_from_slice(tokens);
-        match &mut self.engine {
-            Engine::Gpu(decoder) => decoder.forward(pool, tokens, Want::Last),
-            Engine::Cpu { decoder, cache, prefetch } => match prefetch.error() {
-                Some(reason) => Err(Error::Prefetch { reason }),
-                None => decoder.forward(pool, cache, tokens, Want::Last),
-            },
+        if let Some(reason) = self.prefetch.as_ref().and_then(Prefetch::error) {
+            return Err(Error::Prefetch { reason });
         }
+        self.engine.model().file().check_length()?;
+        self.history.extend_from_slice(tokens);
+        self.engine.forward(pool, tokens, Want::Last)
     }
 
     /// Keeps what a new prompt shares with the past, so that only the rest is computed; returns the rest.
     pub fn rewind_to_common<'t>(&mut self, prompt: &'t [u32]) -> &'t [u32] {
         let common = self.history.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // At least one token must run to give logits.
-        let stored = match &self.engine {
-            Engine::Cpu { cache, .. } => cache.len(),
-            Engine::Gpu(decoder) => decoder.len(),
-        };
-        let common = common.min(prompt.len().saturating_sub(1)).min(stored);
+        let common = common.min(prompt.len().saturating_sub(1)).min(self.engine.len());
         self.history.truncate(common);
-        match &mut self.engine {
-            Engine::Cpu { cache, .. } => cache.truncate(common),
-            Engine::Gpu(decoder) => decoder.truncate(common),
-        }
+        self.engine.truncate(common);
         &prompt[common..]
     }
 
@@ -149,7 +121,7 @@ impl<'m> Session<'m> {
         let rest = self.rewind_to_common(prompt).to_vec();
         let (needed, available) = (prompt.len() + n, self.context());
         if needed > available {
-            let hint = format!("raise --ctx or lower -n (the model was trained for {})", self.model.hparams().context_length);
+            let hint = format!("raise --ctx or lower -n (the model was trained for {})", self.engine.model().hparams().context_length);
             return Err(Error::ContextTooSmall { needed, available, hint });
         }
         let mut out = Generation {

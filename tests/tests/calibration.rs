@@ -197,7 +197,7 @@ fn a_calibrated_file_diverges_less() {
         let plan = quant::plan(&file, options).unwrap();
         let target = folder.file("q.gguf");
         quant::convert(&plan, &target, 2, &quant::convert::Silent).unwrap();
-        let options = runtime::perplexity::Options { context: 512, max_windows: 4, kv: runtime::KvType::F16 };
+        let options = runtime::perplexity::Options { context: 512, max_windows: 4, kv: runtime::KvType::F16, device: None };
         let quantized = Model::open(&target).unwrap();
         let report = runtime::perplexity::run(&pool, &quantized, Some(&model), &heldout, &options, |_, _, _| ()).unwrap();
         report.divergence.unwrap().mean

@@ -79,7 +79,7 @@ fn greedy_text_is_the_cpus() {
         let mut session = Session::new(&model, device, 512, KvType::F16).unwrap();
         let mut greedy = Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() }).unwrap();
         let ids = session.generate(&pool, &tokenizer, &prompt, n, &mut greedy, |_| true).unwrap().ids;
-        (ids, session.split())
+        (ids, session.engine().split())
     };
     for device in devices(&[false]) {
         let n = if device.name() == "host" { 24 } else { 256 };

@@ -88,7 +88,7 @@ impl Placement {
 
 /// Says which layers are where, if a GPU has any.
 pub fn state_split(session: &Session, device: Option<&Device>, h: &Hparams) {
-    if let (Some(split), Some(device)) = (session.split(), device) {
+    if let (Some(split), Some(device)) = (session.engine().split(), device) {
         let on_gpu = h.n_layers - split.on_host as u64;
         let experts = if h.n_experts > 0 { ", experts on the CPU" } else { "" };
         eprintln!("grist: {on_gpu} of {} layers on {}{experts}", h.n_layers, device.name());

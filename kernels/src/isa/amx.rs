@@ -149,7 +149,7 @@ pub unsafe fn blocks<const Q: usize>(x: &MatrixQuants, w: &[Lanes; 64], out: &mu
     }
     // SAFETY: reads the quarter's 1 KiB of each input, writes 2 KiB of `out`, whose sums follow each other.
     unsafe {
-        if Q % 2 == 0 {
+        if Q.is_multiple_of(2) {
             two_blocks!("tmm0", "tmm1");
         } else {
             two_blocks!("tmm2", "tmm3");

@@ -3,7 +3,7 @@
 use crate::common;
 use anyhow::{Context, Result};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, Want};
+use runtime::{Engine, Want};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
 
@@ -24,6 +24,8 @@ pub struct Args {
     /// KV cache type: f32 rounds nothing, f16 is what `run` uses, q8_0 and q4_0 save memory
     #[arg(long, default_value = "f32")]
     kv: String,
+    #[command(flatten)]
+    placement: common::Placement,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
 }
@@ -33,15 +35,14 @@ pub fn run(a: Args) -> Result<()> {
     let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut cache = KvCache::new(model.hparams(), ids.len().max(1), kv)?;
-    let mut decoder = Decoder::new(&model);
+    let mut engine = Engine::new(&model, a.placement.device()?.as_ref(), ids.len().max(1), kv)?;
     let step = if a.one_by_one { 1 } else { ids.len().max(1) };
     let mut logits = Vec::new();
     if ids.is_empty() {
         return Err(runtime::Error::EmptyPrompt.into());
     }
     for chunk in ids.chunks(step) {
-        logits.extend_from_slice(decoder.forward(&pool, &mut cache, chunk, Want::From(0))?);
+        logits.extend_from_slice(engine.forward(&pool, chunk, Want::From(0))?);
     }
     let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![ids.len(), model.vocab()], &bytes)?;

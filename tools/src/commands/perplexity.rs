@@ -34,6 +34,8 @@ pub struct Args {
     /// KV cache type of the model: f16, q8_0 or q4_0; the reference keeps f16
     #[arg(long, default_value = "f16")]
     kv: String,
+    #[command(flatten)]
+    placement: common::Placement,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// One JSON object on standard output
@@ -48,7 +50,7 @@ pub fn run(a: Args) -> Result<()> {
     let reference = a.reference.as_deref().map(common::open_model).transpose()?;
     let pool = Pool::new(a.threads);
     let terminal = std::io::stderr().is_terminal();
-    let options = Options { context: a.ctx, max_windows: a.windows, kv };
+    let options = Options { context: a.ctx, max_windows: a.windows, kv, device: a.placement.device()? };
     let r = perplexity::run(&pool, &model, reference.as_ref(), &text, &options, |done, all, so_far| {
         if terminal {
             eprint!("\rwindow {done}/{all}, perplexity {so_far:.4} ");

@@ -232,7 +232,7 @@ fn quantize(a: &Args, reference: &Path, stats: &Path, method: Method, files: &[(
 /// A file's numbers, and the reference's perplexity.
 fn measure(a: &Args, pool: &Pool, reference: &Model, text: &str, label: &str, path: &Path) -> Result<(Entry, f64)> {
     let model = Model::open(path)?;
-    let options = Options { context: a.ctx, max_windows: a.windows, kv: KvType::F16 };
+    let options = Options { context: a.ctx, max_windows: a.windows, kv: KvType::F16, device: None };
     let n = perplexity::windows(reference, text, a.ctx, a.windows)?.len();
     let bar = common::step_bar(n as u64, "window");
     let r = perplexity::run(pool, &model, Some(reference), text, &options, |done, _, _| bar.set_position(done as u64))?;

@@ -94,12 +94,13 @@ impl MatrixPanel for SignedBytes {
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = FloatScales>>(&mut self, _isa: I, p: &FloatScales) {
         const BYTES: u32 = 0x0101_0101;
+        const TOP: u32 = 128 * BYTES;
         for (out, q) in self.q.iter_mut().zip(&p.q) {
             // With its top bit set no byte borrows from the next.
             *out = if W::SIGNED {
                 each!(LANES, |r| q[r] ^ (I::SIGNED_BIAS as u32 * BYTES))
             } else {
-                each!(LANES, |r| ((q[r] | 128 * BYTES) - W::OFFSET as u32 * BYTES) ^ (128 * BYTES))
+                each!(LANES, |r| ((q[r] | TOP) - W::OFFSET as u32 * BYTES) ^ TOP)
             };
         }
         (self.d, self.m) = (p.d, p.m);
