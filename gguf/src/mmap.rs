@@ -12,9 +12,13 @@ use std::sync::Arc;
 
 /// A read-only mapping of a whole file. Cloning shares it.
 #[derive(Debug, Clone)]
-pub struct Mapping {
-    map: Arc<Mmap>,
-    path: Arc<PathBuf>,
+pub struct Mapping(Arc<Mapped>);
+
+#[derive(Debug)]
+struct Mapped {
+    map: Mmap,
+    file: File,
+    path: PathBuf,
 }
 
 impl Mapping {
@@ -31,15 +35,15 @@ impl Mapping {
         // or tolerates any value), and a cut file raises SIGBUS, which
         // `exit_cleanly_when_a_mapped_file_shrinks` turns into a message.
         let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
-        Ok(Mapping { map: Arc::new(map), path: Arc::new(path.to_owned()) })
+        Ok(Mapping(Arc::new(Mapped { map, file, path: path.to_owned() })))
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        &self.0.map
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.0.path
     }
 
     /// Reads `range` into memory now, so that an unreadable or cut file is an
@@ -49,21 +53,31 @@ impl Mapping {
         #[cfg(target_os = "linux")]
         {
             self.check_length()?;
-            match self.map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len()) {
+            match self.0.map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len()) {
                 Ok(()) => Ok(()),
                 // Kernels before 5.14 do not know the advice; pages then come on demand.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-                Err(source) => Err(Error::Io { action: "read", path: self.path.to_path_buf(), source }),
+                Err(source) => Err(Error::Io { action: "read", path: self.0.path.clone(), source }),
             }
         }
         #[cfg(not(target_os = "linux"))]
         {
             self.check_length()?;
             #[cfg(unix)]
-            let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+            let _ = self.0.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
             let _ = range;
             Ok(())
         }
+    }
+
+    /// Fills `out` with the file's bytes from `offset` on, past the map: no page of it comes into this process.
+    pub fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        #[cfg(unix)]
+        let done = std::os::unix::fs::FileExt::read_exact_at(&self.0.file, out, offset as u64);
+        #[cfg(not(unix))]
+        let done =
+            self.check_length().map(|()| out.copy_from_slice(&self.0.map[offset..offset + out.len()])).map_err(std::io::Error::other);
+        done.map_err(|source| Error::Io { action: "read", path: self.0.path.clone(), source })
     }
 
     /// Tells the system that `range` will not be read again soon, so that a
@@ -73,7 +87,7 @@ impl Mapping {
         {
             // SAFETY: the mapping is file-backed and read-only; after
             // MADV_DONTNEED a later read takes the page from the file again.
-            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+            let _ = unsafe { self.0.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
         }
         let _ = range;
     }
@@ -81,22 +95,22 @@ impl Mapping {
     /// Says that the file will be read front to back.
     pub fn sequential(&self) {
         #[cfg(unix)]
-        let _ = self.map.advise(memmap2::Advice::Sequential);
+        let _ = self.0.map.advise(memmap2::Advice::Sequential);
     }
 
     /// An error if the file is now shorter than what was mapped.
     pub fn check_length(&self) -> Result<()> {
-        let now = std::fs::metadata(self.path.as_path())
-            .map_err(|source| Error::Io { action: "read", path: self.path.to_path_buf(), source })?
+        let now = std::fs::metadata(self.0.path.as_path())
+            .map_err(|source| Error::Io { action: "read", path: self.0.path.clone(), source })?
             .len();
-        if now < self.map.len() as u64 {
+        if now < self.0.map.len() as u64 {
             return Err(Error::Truncated {
                 what: "the mapped file (it shrank)",
                 offset: now,
-                needed: self.map.len() as u64 - now,
+                needed: self.0.map.len() as u64 - now,
                 available: 0,
             }
-            .in_file(self.path.as_path()));
+            .in_file(self.0.path.as_path()));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! allows no more than it was told.
 
 mod attention;
+pub mod ceiling;
 #[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "cuda-host")]

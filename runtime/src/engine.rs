@@ -2,11 +2,10 @@
 
 use crate::decoder::{Decoder, Want};
 use crate::error::Result;
-use crate::gpu::{self, GpuDecoder, Split};
+use crate::gpu::{self, GpuDecoder, Split, Target};
 use crate::kv_cache::{KvCache, KvType};
 use crate::model::Model;
 use kernels::Pool;
-use kernels::cuda::Device;
 
 enum Place<'m> {
     Cpu(Box<Decoder<'m>>, KvCache),
@@ -19,10 +18,10 @@ pub struct Engine<'m> {
 }
 
 impl<'m> Engine<'m> {
-    /// On the CPU, or with as many layers as have room on `device`, for `context` tokens kept as `kv`.
-    pub fn new(model: &'m Model, device: Option<&Device>, context: usize, kv: KvType) -> Result<Engine<'m>> {
-        let place = match device {
-            Some(device) => Place::Gpu(Box::new(gpu::place(model, device, context, kv)?)),
+    /// On the CPU, or with as many layers as have room on `gpu`, for `context` tokens kept as `kv`.
+    pub fn new(model: &'m Model, gpu: Option<Target>, context: usize, kv: KvType) -> Result<Engine<'m>> {
+        let place = match gpu {
+            Some(target) => Place::Gpu(Box::new(gpu::place(model, target, context, kv)?)),
             None => Place::Cpu(Box::new(Decoder::new(model)), KvCache::new(model.hparams(), context, kv)?),
         };
         Ok(Engine { model, place })

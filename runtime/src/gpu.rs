@@ -6,6 +6,7 @@
 //! What will be allocated is said by [`needs`] from the header alone, buffer by
 //! buffer, and `GpuDecoder` allocates just that.
 
+mod loader;
 mod memory;
 
 pub use memory::{Needs, Split, beside_weights, best_split, host_bytes, needs};
@@ -20,6 +21,7 @@ use gguf::arch::{Dim, RopeLayout};
 use kernels::Pool;
 use kernels::cuda::{Buffer, Device, Form, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix, attention, matmul, rotate};
 use kernels::vecmath::RopeTable;
+use loader::Loader;
 use memory::{LOGIT_ROWS, cache_type, heads, scratch_floats, widest};
 
 struct Layer {
@@ -97,9 +99,9 @@ pub struct GpuDecoder<'m> {
 }
 
 impl<'m> GpuDecoder<'m> {
-    /// Uploads what `split` puts on the GPU and allocates everything else that `ctx` tokens need; fails before
-    /// anything is read if that has no room.
-    pub fn new(model: &'m Model, device: &Device, ctx: usize, kv: KvType, split: Split) -> Result<GpuDecoder<'m>> {
+    /// Loads what `split` puts on the GPU, telling `loaded` of bytes as they come, and allocates everything else that
+    /// `ctx` tokens need; fails before anything is read if that has no room.
+    pub fn new(model: &'m Model, device: &Device, ctx: usize, kv: KvType, split: Split, loaded: &dyn Fn(u64)) -> Result<GpuDecoder<'m>> {
         let h = model.hparams();
         let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
         let (needed, available) = (needs(h, &tensors, ctx, kv, split)?.peak(), device.room()?);
@@ -108,37 +110,41 @@ impl<'m> GpuDecoder<'m> {
         }
         let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
         let mut forms: Vec<Form> = vec![];
-        let mut upload = |w: &Weight| -> Result<WeightMatrix> {
+        let on_gpu = &model.layers[split.on_host.min(model.layers.len())..];
+        let loader = Loader::start(on_gpu.iter().flat_map(matrices).chain([&model.output]).cloned().collect());
+        // In the loader's order.
+        let mut load = |w: &Weight| -> Result<WeightMatrix> {
             let (plan, block) = (w.plan(), w.plan().kernel().block());
-            let failed = |cause| Error::Kernel { tensor: w.tensor().0.to_owned(), cause };
-            let matrix = WeightMatrix::upload(device, block, plan.rows(), plan.cols(), w.bytes()).map_err(failed)?;
+            let matrix = WeightMatrix::load(device, block, plan.rows(), plan.cols(), |range| {
+                loaded(range.len() as u64);
+                loader.next()
+            })?;
             if !forms.contains(&matrix.form()) {
                 forms.push(matrix.form());
             }
             Ok(matrix)
         };
         let mut layers = vec![];
-        for layer in &model.layers[split.on_host.min(model.layers.len())..] {
-            let mlp = match &layer.feed_forward {
-                FeedForwardWeights::Dense(mlp) => Some(Mlp {
-                    norm: device.upload_floats("norms", &layer.ffn_norm)?,
-                    gate: upload(&mlp.gate)?,
-                    up: upload(&mlp.up)?,
-                    down: upload(&mlp.down)?,
-                }),
-                FeedForwardWeights::Experts { .. } => None,
-            };
+        for layer in on_gpu {
             let a = &layer.attention;
             layers.push(Layer {
-                qkv: [upload(&a.q)?, upload(&a.k)?, upload(&a.v)?],
-                output: upload(&a.output)?,
-                mlp,
+                qkv: [load(&a.q)?, load(&a.k)?, load(&a.v)?],
+                output: load(&a.output)?,
+                mlp: match &layer.feed_forward {
+                    FeedForwardWeights::Dense(mlp) => Some(Mlp {
+                        gate: load(&mlp.gate)?,
+                        up: load(&mlp.up)?,
+                        down: load(&mlp.down)?,
+                        norm: device.upload_floats("norms", &layer.ffn_norm)?,
+                    }),
+                    FeedForwardWeights::Experts { .. } => None,
+                },
                 norm: device.upload_floats("norms", &a.norm)?,
                 biases: vectors(device, [&a.q_bias, &a.k_bias, &a.v_bias])?,
                 head_norms: vectors(device, [&a.q_norm, &a.k_norm])?,
             });
         }
-        let output = upload(&model.output)?;
+        let output = load(&model.output)?;
         let output_norm = device.upload_floats("norms", &model.output_norm)?;
         let cache = (0..layers.len()).map(|_| LayerCache::new(device, heads, ctx, kind)).collect::<kernels::Result<Vec<_>>>()?;
         let inputs = Inputs::new(device, &forms, batch, widest(h))?;
@@ -312,15 +318,38 @@ impl<'m> GpuDecoder<'m> {
     }
 }
 
-/// The model with as many layers on `device` as it has room for.
-pub fn place<'m>(model: &'m Model, device: &Device, ctx: usize, kv: KvType) -> Result<GpuDecoder<'m>> {
+/// The matrices of a layer that a GPU takes.
+fn matrices(layer: &crate::model::Layer) -> Vec<&Weight> {
+    let a = &layer.attention;
+    let mut out = vec![&a.q, &a.k, &a.v, &a.output];
+    if let FeedForwardWeights::Dense(mlp) = &layer.feed_forward {
+        out.extend([&mlp.gate, &mlp.up, &mlp.down]);
+    }
+    out
+}
+
+/// A GPU to run on, and who is told of bytes as they are loaded.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub device: &'a Device,
+    pub loaded: &'a dyn Fn(u64),
+}
+
+impl<'a> From<&'a Device> for Target<'a> {
+    fn from(device: &'a Device) -> Self {
+        Target { device, loaded: &|_| () }
+    }
+}
+
+/// The model with as many layers on the GPU as it has room for.
+pub fn place<'m>(model: &'m Model, Target { device, loaded }: Target, ctx: usize, kv: KvType) -> Result<GpuDecoder<'m>> {
     let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
     let (h, available) = (model.hparams(), device.room()?);
     let Some(split) = best_split(h, &tensors, ctx, kv, available)? else {
         let needed = needs(h, &tensors, ctx, kv, Split { on_host: h.n_layers as usize })?.peak();
         return Err(Error::GpuTooSmall { what: "the head with its scratch", needed, available });
     };
-    GpuDecoder::new(model, device, ctx, kv, split)
+    GpuDecoder::new(model, device, ctx, kv, split, loaded)
 }
 
 fn vectors<const N: usize>(device: &Device, from: [&Option<Vec<f32>>; N]) -> Result<[Option<Buffer>; N]> {

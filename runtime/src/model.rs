@@ -47,6 +47,17 @@ impl Weight {
         self.decode(&self.bytes()[first * self.row_bytes..(first + n) * self.row_bytes], out);
     }
 
+    /// Fills `out` with the matrix's bytes from `offset` on, read from the file and not through the map.
+    pub(crate) fn read_bytes(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        match &self.storage {
+            Storage::Mapped(mapping, range) => Ok(mapping.read_at(range.start + offset, out)?),
+            Storage::Owned(bytes) => {
+                out.copy_from_slice(&bytes[offset..offset + out.len()]);
+                Ok(())
+            }
+        }
+    }
+
     pub fn bytes(&self) -> &[u8] {
         match &self.storage {
             Storage::Mapped(mapping, range) => &mapping.bytes()[range.clone()],

@@ -7,6 +7,7 @@
 use crate::decoder::Want;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::gpu::Target;
 use crate::kv_cache::KvType;
 use crate::layers::per_token;
 use crate::model::Model;
@@ -132,7 +133,7 @@ pub fn run(
     let ctx = options.context;
     let windows = windows(model, text, ctx, options.max_windows)?;
     let n_windows = windows.len();
-    let device = options.device.as_ref();
+    let device = options.device.as_ref().map(Target::from);
     let mut engine = Engine::new(model, device, ctx, options.kv)?;
     let mut reference = reference.map(|r| Engine::new(r, device, ctx, KvType::F16)).transpose()?;
     let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());

@@ -3,13 +3,13 @@
 use crate::decoder::Want;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::gpu::Target;
 use crate::kv_cache::KvType;
 use crate::model::Model;
 use crate::prefetch::Prefetch;
 use crate::sampler::Sampler;
 use crate::tokenizer::Tokenizer;
 use kernels::Pool;
-use kernels::cuda::Device;
 use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,17 +60,17 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// On the CPU, or with as many layers as have room on `device`. `context` of 0 takes the model's own length, at
+    /// On the CPU, or with as many layers as have room on `gpu`. `context` of 0 takes the model's own length, at
     /// most 4096 unless asked for more; `kv` is how the cache is stored.
-    pub fn new(model: &'m Model, device: Option<&Device>, context: usize, kv: KvType) -> Result<Session<'m>> {
+    pub fn new(model: &'m Model, gpu: Option<Target>, context: usize, kv: KvType) -> Result<Session<'m>> {
         let own = model.hparams().context_length as usize;
         let context = if context == 0 { own.min(4096) } else { context };
         if context > own && model.hparams().rope_scaling == gguf::RopeScaling::None && context > 4 * own {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let engine = Engine::new(model, device, context, kv)?;
-        Ok(Session { engine, history: Vec::new(), prefetch: device.is_none().then(|| Prefetch::start(model)) })
+        let engine = Engine::new(model, gpu, context, kv)?;
+        Ok(Session { engine, history: Vec::new(), prefetch: gpu.is_none().then(|| Prefetch::start(model)) })
     }
 
     pub fn engine(&self) -> &Engine<'m> {

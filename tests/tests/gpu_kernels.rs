@@ -3,8 +3,8 @@
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
 use gguf::{BlockType, blocks};
-use kernels::cuda::{CacheType, Device, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix};
-use kernels::cuda::{attention, matmul, partial_floats, rotate};
+use kernels::cuda::{Buffer, CacheType, Device, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix};
+use kernels::cuda::{attention, ceiling, matmul, partial_floats, rotate};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
@@ -356,4 +356,23 @@ fn no_kernel_spills() {
     }
     println!("{n} kernels");
     assert!(n >= 5 * 6, "{report}");
+}
+
+/// What the ceilings' kernels compute, so that their times are of work that was done.
+#[test]
+fn ceilings_are_of_real_work() {
+    for device in devices(&[false, true]) {
+        let bytes: Vec<u8> = (0..2 * 2 * 256 * 64u32).map(|i| (i * 37 + i / 251) as u8).collect();
+        let (from, out) = (device.upload("x", &bytes).unwrap(), device.allocate("out", 4 * 2 * 256).unwrap());
+        let words = |out: &Buffer| -> Vec<u32> {
+            let mut b = vec![0; out.len()];
+            out.read(0, &mut b).unwrap();
+            b.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+        };
+        ceiling::read(&device, &from, 2, &out).unwrap();
+        let want = bytes.as_chunks::<4>().0.iter().fold(0, |all, b| all ^ u32::from_le_bytes(*b));
+        assert_eq!(words(&out).into_iter().fold(0, |all, w| all ^ w), want);
+        ceiling::dots(&device, 3, 2, &out).unwrap();
+        assert!(words(&out).into_iter().all(|w| w == 3 * 8 * 4 * 32 * 2));
+    }
 }

@@ -4,7 +4,7 @@
 
 use kernels::Pool;
 use kernels::cuda::Device;
-use runtime::gpu::{GpuDecoder, Split, needs};
+use runtime::gpu::{GpuDecoder, Split, Target, needs};
 use runtime::tokenizer::EncodeOptions;
 use runtime::{Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};
 use tests::gpu::devices;
@@ -18,7 +18,7 @@ fn on_cpu(model: &Model, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
 }
 
 fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType, split: Split) -> Vec<f32> {
-    let (mut decoder, pool) = (GpuDecoder::new(model, device, 128, kv, split).unwrap(), Pool::new(2));
+    let (mut decoder, pool) = (GpuDecoder::new(model, device, 128, kv, split, &|_| ()).unwrap(), Pool::new(2));
     // What was planned from the header is what was allocated, to the byte.
     let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
     let planned = needs(model.hparams(), &tensors, 128, kv, split).unwrap();
@@ -76,7 +76,7 @@ fn greedy_text_is_the_cpus() {
     let (pool, h) = (Pool::new(2), model.hparams());
     // On this host a token takes a quarter of a second; on a GPU, nothing.
     let text = |device: Option<&Device>, n: usize| {
-        let mut session = Session::new(&model, device, 512, KvType::F16).unwrap();
+        let mut session = Session::new(&model, device.map(Target::from), 512, KvType::F16).unwrap();
         let mut greedy = Sampler::new(SamplerOptions { temperature: 0.0, ..SamplerOptions::default() }).unwrap();
         let ids = session.generate(&pool, &tokenizer, &prompt, n, &mut greedy, |_| true).unwrap().ids;
         (ids, session.engine().split())
@@ -96,6 +96,21 @@ fn greedy_text_is_the_cpus() {
     }
 }
 
+/// A file cut after it was opened: an error of the read, not a hang and not a signal.
+#[cfg(feature = "cuda-host")]
+#[test]
+fn a_file_cut_while_it_is_loaded_is_an_error() {
+    let folder = Folder::new("gpu-cut");
+    let file = convert(&demo(), "Q4_0", &folder);
+    let model = Model::open(&file).unwrap();
+    let len = std::fs::metadata(&file).unwrap().len();
+    std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(len / 2).unwrap();
+    let device = Device::host(0, false);
+    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE, &|_| ()).err().unwrap().to_string();
+    assert!(e.contains("read") && e.contains(".gguf"), "{e}");
+    assert_eq!(device.used(), 0);
+}
+
 /// More than may be allocated: one line that says what, and nothing stays behind.
 #[cfg(feature = "cuda-host")]
 #[test]
@@ -103,9 +118,9 @@ fn a_model_that_does_not_fit_is_refused() {
     let folder = Folder::new("gpu-small");
     let model = Model::open(&convert(&demo(), "Q4_0", &folder)).unwrap();
     let device = Device::host(3 << 20, false);
-    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE).err().unwrap().to_string();
+    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE, &|_| ()).err().unwrap().to_string();
     assert!(e.contains("GPU memory") && e.contains("3145728"), "{e}");
-    let e = Session::new(&model, Some(&Device::host(1 << 20, false)), 128, KvType::F16).err().unwrap().to_string();
+    let e = Session::new(&model, Some((&Device::host(1 << 20, false)).into()), 128, KvType::F16).err().unwrap().to_string();
     assert!(e.contains("the head") && e.contains("1048576"), "{e}");
     assert_eq!(device.used(), 0);
 }

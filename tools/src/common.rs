@@ -2,10 +2,11 @@
 //! cache first), parsing sizes, progress bars, writing results.
 
 use anyhow::{Context, Result, bail};
-use gguf::{Array, Hparams, Metadata, Value};
+use gguf::{Array, Metadata, Value};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kernels::cuda::Device;
 use quant::convert::Progress;
+use runtime::gpu::Target;
 use runtime::{KvType, Model, Session};
 use serde_json::{Value as Json, json};
 use std::io::{IsTerminal, Write};
@@ -86,13 +87,18 @@ impl Placement {
     }
 }
 
-/// Says which layers are where, if a GPU has any.
-pub fn state_split(session: &Session, device: Option<&Device>, h: &Hparams) {
-    if let (Some(split), Some(device)) = (session.engine().split(), device) {
-        let on_gpu = h.n_layers - split.on_host as u64;
+/// A session on the CPU, or on `device`: loading shows a bar, and which layers are where is said.
+pub fn session<'m>(model: &'m Model, device: Option<&Device>, ctx: usize, kv: KvType) -> Result<Session<'m>> {
+    let Some(device) = device else { return Ok(Session::new(model, None, ctx, kv)?) };
+    let bar = byte_bar(model.file().tensors().map(|t| t.info.n_bytes()).sum());
+    let session = Session::new(model, Some(Target { device, loaded: &|n| bar.inc(n) }), ctx, kv);
+    bar.finish_and_clear();
+    let (session, h) = (session?, model.hparams());
+    if let Some(split) = session.engine().split() {
         let experts = if h.n_experts > 0 { ", experts on the CPU" } else { "" };
-        eprintln!("grist: {on_gpu} of {} layers on {}{experts}", h.n_layers, device.name());
+        eprintln!("grist: {} of {} layers on {}{experts}", h.n_layers - split.on_host as u64, h.n_layers, device.name());
     }
+    Ok(session)
 }
 
 pub fn show_bytes(n: u64) -> String {
@@ -178,6 +184,15 @@ pub fn cache_folder() -> Result<PathBuf> {
         Some(b) => Ok(b.join("grist")),
         None => bail!("no cache folder is known; set GRIST_CACHE to one"),
     }
+}
+
+/// A bar of `n` bytes on standard error, drawn only on a terminal.
+fn byte_bar(n: u64) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(n), target);
+    let style = ProgressStyle::with_template("{bar:32} {percent:>3}% {bytes} of {total_bytes} · {bytes_per_sec} · {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
 }
 
 /// A bar of `n` steps on standard error, drawn only on a terminal.

@@ -4,6 +4,7 @@
 use super::{Address, Buffer, Device, Form, Shape};
 use crate::error::{Error, Result};
 use gguf::BlockType;
+use std::ops::Range;
 
 pub const TILE_ROWS: usize = 16;
 pub(super) const CHUNK_COLUMNS: usize = 256;
@@ -47,24 +48,42 @@ impl WeightMatrix {
         rows.min(window_rows(row_bytes as usize)) as u64 * row_bytes
     }
 
-    /// `weights`: rows of `columns` values, as in the file.
-    pub fn upload(device: &Device, block: &'static BlockType, rows: usize, columns: usize, weights: &[u8]) -> Result<WeightMatrix> {
-        let form = Form::of(block).ok_or(Error::NoKernel { type_name: block.name })?;
+    /// The bytes of a file's matrix, in the parts in which [`WeightMatrix::load`] asks for them.
+    pub fn parts(block: &BlockType, rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
         let row_bytes = block.bytes_for(columns as u64) as usize;
-        let expected = row_bytes * rows;
-        if weights.len() != expected || expected == 0 {
-            return Err(Error::WrongBytes { type_name: block.name, rows, cols: columns, expected, got: weights.len() });
-        }
+        let (all, part) = (rows * row_bytes, window_rows(row_bytes) * row_bytes);
+        (0..all).step_by(part.max(1)).map(move |at| at..(at + part).min(all))
+    }
+
+    /// Packs a matrix whose rows of `columns` values, as in the file, `next` gives part by part.
+    pub fn load<B: AsRef<[u8]>, E: From<Error>>(
+        device: &Device,
+        block: &'static BlockType,
+        rows: usize,
+        columns: usize,
+        mut next: impl FnMut(Range<usize>) -> std::result::Result<B, E>,
+    ) -> std::result::Result<WeightMatrix, E> {
+        let form = Form::of(block).ok_or(Error::NoKernel { type_name: block.name })?;
         let chunks = device.allocate("weights", WeightMatrix::bytes_for(block, rows, columns) as usize)?;
         let matrix = WeightMatrix { chunks, block, form, rows, columns };
-        let window = window_rows(row_bytes);
+        let row_bytes = block.bytes_for(columns as u64) as usize;
         let staging = device.allocate("staging", WeightMatrix::staging_for(block, rows, columns) as usize)?;
-        for (i, part) in weights.chunks(window * row_bytes).enumerate() {
-            staging.write(0, part)?;
-            matrix.pack(device, &staging, i * window, part.len() / row_bytes)?;
+        for range in WeightMatrix::parts(block, rows, columns) {
+            let (first, part) = (range.start / row_bytes, next(range)?);
+            staging.write(0, part.as_ref())?;
+            matrix.pack(device, &staging, first, part.as_ref().len() / row_bytes)?;
         }
         device.wait()?;
         Ok(matrix)
+    }
+
+    /// `load` of bytes at hand.
+    pub fn upload(device: &Device, block: &'static BlockType, rows: usize, columns: usize, weights: &[u8]) -> Result<WeightMatrix> {
+        let expected = block.bytes_for(columns as u64) as usize * rows;
+        if weights.len() != expected || expected == 0 {
+            return Err(Error::WrongBytes { type_name: block.name, rows, cols: columns, expected, got: weights.len() });
+        }
+        WeightMatrix::load(device, block, rows, columns, |range| Ok::<_, Error>(&weights[range]))
     }
 
     /// Chunks of `n` rows from `first`, a multiple of 16, which lie in `staging`.

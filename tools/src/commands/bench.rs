@@ -3,7 +3,9 @@
 use crate::common;
 use anyhow::{Result, bail};
 use kernels::Pool;
-use runtime::{Decoder, KvCache, KvType, Model, Want};
+use kernels::cuda::Device;
+use runtime::gpu::Target;
+use runtime::{Engine, KvType, Model, Want};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -27,6 +29,8 @@ pub struct Args {
     /// KV cache type: f16, q8_0 or q4_0
     #[arg(long, default_value = "f16")]
     kv: String,
+    #[command(flatten)]
+    placement: common::Placement,
     #[arg(short = 't', long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// A JSON list on standard output
@@ -55,9 +59,11 @@ pub fn run(a: Args) -> Result<()> {
     let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
+    let device = a.placement.device()?;
     let spec = Spec { prompt: a.prompt, n: a.n, depth: a.depth, reps: a.reps, kv };
-    let (rows, ops, bandwidth) = measure(&pool, &model, &spec)?;
-    report(&a, &rows, pool.n_threads(), ops, bandwidth)
+    let (rows, ops, bandwidth) = measure(&pool, &model, device.as_ref(), &spec)?;
+    let place = device.as_ref().map_or_else(|| kernels::isa::selected().to_owned(), Device::name);
+    report(&a, &rows, &format!("{} threads, {place}", pool.n_threads()), pool.n_threads(), ops, bandwidth)
 }
 
 /// What is measured: tokens of a prompt, tokens generated, after how many in the cache, how often.
@@ -69,39 +75,42 @@ pub struct Spec {
     pub kv: KvType,
 }
 
-/// Rows of prefill and decode, and the int8 operations and bytes a second that the machine did at best meanwhile.
-pub fn measure(pool: &Pool, model: &Model, s: &Spec) -> Result<(Vec<Row>, f64, f64)> {
-    let mut cache = KvCache::new(model.hparams(), s.depth + s.prompt.max(s.n) + 1, s.kv)?;
-    let mut decoder = Decoder::new(model);
+/// Rows of prefill and decode, and the int8 operations and bytes a second that the machine, or the GPU, did at best meanwhile.
+pub fn measure(pool: &Pool, model: &Model, device: Option<&Device>, s: &Spec) -> Result<(Vec<Row>, f64, f64)> {
+    let mut engine = Engine::new(model, device.map(Target::from), s.depth + s.prompt.max(s.n) + 1, s.kv)?;
+    let peak = || match device {
+        Some(device) => kernels::cuda::ceiling::measure(device),
+        None => Ok(kernels::ceiling::measure(pool)),
+    };
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
     let fill: Vec<u32> = (0..s.depth).map(token).collect();
     let prompt: Vec<u32> = (0..s.prompt).map(|i| token(i + s.depth)).collect();
     if !fill.is_empty() {
-        decoder.forward(pool, &mut cache, &fill, Want::Last)?;
+        engine.forward(pool, &fill, Want::Last)?;
     }
 
     // Once unmeasured: pages come in, frequencies settle.
-    decoder.forward(pool, &mut cache, &[token(0)], Want::Last)?;
+    engine.forward(pool, &[token(0)], Want::Last)?;
     let (mut prefill, mut decode, mut peaks) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..s.reps {
-        peaks.push(kernels::ceiling::measure(pool));
+        peaks.push(peak()?);
         if s.prompt > 0 {
-            cache.truncate(s.depth);
+            engine.truncate(s.depth);
             let start = Instant::now();
-            decoder.forward(pool, &mut cache, &prompt, Want::Last)?;
+            engine.forward(pool, &prompt, Want::Last)?;
             prefill.push(s.prompt as f64 / start.elapsed().as_secs_f64());
         }
         if s.n > 0 {
-            cache.truncate(s.depth);
+            engine.truncate(s.depth);
             let start = Instant::now();
             for i in 0..s.n {
-                decoder.forward(pool, &mut cache, &[token(i)], Want::Last)?;
+                engine.forward(pool, &[token(i)], Want::Last)?;
             }
             decode.push(s.n as f64 / start.elapsed().as_secs_f64());
         }
     }
-    peaks.push(kernels::ceiling::measure(pool));
+    peaks.push(peak()?);
     let median = |f: fn(&kernels::ceiling::Peaks) -> f64| row("", 0, peaks.iter().map(f).collect(), 0.0).median();
     let (ops, bandwidth) = (median(|p| p.int8_ops), median(|p| p.read_bytes));
     let mut rows = Vec::new();
@@ -120,7 +129,7 @@ fn row(test: &'static str, n: usize, mut tok_s: Vec<f64>, ceiling: f64) -> Row {
     Row { test, n, tok_s, ceiling }
 }
 
-fn report(a: &Args, rows: &[Row], threads: usize, ops: f64, bandwidth: f64) -> Result<()> {
+fn report(a: &Args, rows: &[Row], machine: &str, threads: usize, ops: f64, bandwidth: f64) -> Result<()> {
     if a.json {
         let list: Vec<_> = rows
             .iter()
@@ -131,8 +140,7 @@ fn report(a: &Args, rows: &[Row], threads: usize, ops: f64, bandwidth: f64) -> R
             .collect();
         return common::print_json(&list.into());
     }
-    let mut out =
-        format!("{} threads, {}, int8 peak {:.0} GOP/s, read {:.1} GB/s\n", threads, kernels::isa::selected(), ops / 1e9, bandwidth / 1e9);
+    let mut out = format!("{machine}, int8 peak {:.0} GOP/s, read {:.1} GB/s\n", ops / 1e9, bandwidth / 1e9);
     for r in rows {
         out += &format!(
             "{:<8} n {:<6} depth {:<7} {:>9.2} tok/s  (min {:.2}, max {:.2}), {:.0} % of the ceiling\n",

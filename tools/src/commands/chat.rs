@@ -5,7 +5,7 @@ use crate::common;
 use anyhow::Result;
 use kernels::Pool;
 use runtime::chat_template::{self, ChatRequest};
-use runtime::{Sampler, Session, Tokenizer, Utf8Stream};
+use runtime::{Sampler, Tokenizer, Utf8Stream};
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 
@@ -51,8 +51,7 @@ pub fn run(a: Args) -> Result<()> {
         return Err(runtime::Error::NoTemplate.into());
     }
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, device.as_ref(), a.ctx, kv)?;
-    common::state_split(&session, device.as_ref(), model.hparams());
+    let mut session = common::session(&model, device.as_ref(), a.ctx, kv)?;
     let start: Vec<_> = a.system.iter().map(|s| message("system", s)).collect();
     let mut request = ChatRequest { messages: start.clone(), tools: vec![] };
     let interactive = std::io::stdin().is_terminal();

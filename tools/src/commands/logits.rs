@@ -3,6 +3,7 @@
 use crate::common;
 use anyhow::{Context, Result};
 use kernels::Pool;
+use runtime::gpu::Target;
 use runtime::{Engine, Want};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
@@ -35,7 +36,8 @@ pub fn run(a: Args) -> Result<()> {
     let kv = common::kv_type(&a.kv)?;
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
-    let mut engine = Engine::new(&model, a.placement.device()?.as_ref(), ids.len().max(1), kv)?;
+    let device = a.placement.device()?;
+    let mut engine = Engine::new(&model, device.as_ref().map(Target::from), ids.len().max(1), kv)?;
     let step = if a.one_by_one { 1 } else { ids.len().max(1) };
     let mut logits = Vec::new();
     if ids.is_empty() {

@@ -4,7 +4,7 @@ use crate::common;
 use anyhow::Result;
 use kernels::Pool;
 use runtime::tokenizer::EncodeOptions;
-use runtime::{Sampler, SamplerOptions, Session, Tokenizer, Utf8Stream};
+use runtime::{Sampler, SamplerOptions, Tokenizer, Utf8Stream};
 use std::path::PathBuf;
 
 /// How tokens are drawn; shared with `chat`.
@@ -94,8 +94,7 @@ pub fn run(a: Args) -> Result<()> {
     // Unless told otherwise, room for what was asked, as far as the model's own context goes.
     let ctx = if a.ctx == 0 { own.min(4096.max(ids.len() + a.n)) } else { a.ctx };
     let pool = Pool::new(a.threads);
-    let mut session = Session::new(&model, device.as_ref(), ctx, kv)?;
-    common::state_split(&session, device.as_ref(), model.hparams());
+    let mut session = common::session(&model, device.as_ref(), ctx, kv)?;
     let mut stream = Utf8Stream::default();
     let mut text = String::new();
     let mut broken = None;

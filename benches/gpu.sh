@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Proof and speed on a GPU, in two halves, as the machine with the GPU may have neither Rust nor nvcc:
+#
+#   benches/gpu.sh build   where both are: the tests and `grist`, stripped, into .gpu/ (NVCC names nvcc)
+#   benches/gpu.sh run     where the GPU is, in this folder: kernel tests, the same under compute-sanitizer
+#                          where that is found, whole-model tests, then measurements, in about ten minutes
+#
+# Measurements are also appended to benches/runs/gpu.txt under the GPU's name. GRIST_GPU_SHAPE (mistral-22b)
+# and GRIST_GPU_TYPES (Q4_K_M Q5_K_M) choose the model; GRIST_BENCH_DIR (/tmp/gristmill-bench) holds it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+here=.gpu
+
+build() {
+    mkdir -p "$here"
+    cargo build --release -q -p tools --features cuda
+    cp "${CARGO_TARGET_DIR:-target}/release/grist" "$here/grist"
+    cargo test --release -q -p tests --features cuda --test gpu_kernels --test gpu_models --no-run --message-format=json |
+        grep -o '"executable":"[^"]*"' | cut -d'"' -f4 | while read -r binary; do
+        name=$(basename "$binary")
+        cp "$binary" "$here/${name%-*}"
+    done
+    strip "$here"/*
+    du -ch "$here"/* | sed 's/^/  /'
+    # What the other machine's libc must have at least.
+    objdump -T "$here"/grist | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1
+}
+
+begun=$SECONDS
+failures=0
+step() { echo "== $* (at $((SECONDS - begun)) s)"; }
+try() {
+    local limit=$1 && shift
+    timeout "$limit" "$@" || { failures=$((failures + 1)) && echo "FAILED ($?): $*"; }
+}
+
+run() {
+    # The tests look for fixtures here, wherever they were built.
+    export GRIST_ROOT=$PWD RUST_BACKTRACE=0
+    nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total,clocks.max.sm --format=csv,noheader || true
+    step "kernels against their references"
+    try 120 "$here/gpu_kernels" --nocapture --test-threads 1
+    step "whole models against the CPU"
+    try 180 "$here/gpu_models" --nocapture --test-threads 1
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            step "compute-sanitizer $tool"
+            try 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/gpu_kernels" --test-threads 1 | tail -n 5
+        done
+    fi
+    local folder=${GRIST_BENCH_DIR:-/tmp/gristmill-bench} shape=${GRIST_GPU_SHAPE:-mistral-22b}
+    mkdir -p "$folder"
+    for kind in ${GRIST_GPU_TYPES:-Q4_K_M Q5_K_M}; do
+        local file=$folder/$shape-$kind.gguf
+        step "$shape $kind"
+        [ -s "$file" ] || try 240 "$here/grist" synth "$shape" -t "$kind" -o "$file"
+        "$here/grist" plan "$file" --ctx 32768 --vram 24GiB || true
+        # Loading and one token, with 32K of context, as on a card of 24 GiB: seconds and most memory of the host.
+        try 180 python3 - "$here/grist" "$file" <<'PY' | tee -a benches/runs/gpu.txt
+import resource, subprocess, sys, time
+begun = time.time()
+done = subprocess.run([sys.argv[1], "run", sys.argv[2], "-p", "a", "-n", "1", "--temp", "0", "--ctx", "32768",
+                       "--device", "gpu", "--vram", "24GiB"], capture_output=True, text=True)
+rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(f"load and first token: {time.time() - begun:.1f} s, host memory {rss:.0f} MiB, exit {done.returncode}")
+print(done.stderr.strip())
+PY
+        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 2048 -n 64 -r 3 | tee -a benches/runs/gpu.txt
+        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 32 -d 8192 -r 3 | tee -a benches/runs/gpu.txt
+    done
+    step "done: $failures failed"
+    return "$failures"
+}
+
+case "${1:-}" in
+build | run) "$1" ;;
+*)
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
