@@ -78,6 +78,9 @@ struct Shared {
     ledger: Mutex<Ledger>,
 }
 
+/// Shared memory that a block may ask for on every GPU that the kernels are for (8.6 and 8.9 have the least).
+pub(crate) const MOST_SHARED: u32 = 99 << 10;
+
 /// A GPU, and an account of its memory.
 #[derive(Clone)]
 pub struct Device(Arc<Shared>);
@@ -173,6 +176,7 @@ impl Device {
     /// # Safety
     /// As of [`Gpu::launch`]; `A` is the kernel's struct, `repr(C)` and without padding that matters.
     unsafe fn launch<A>(&self, kernel: &'static str, shape: Shape, args: &A) -> Result<()> {
+        assert!(shape.shared <= MOST_SHARED, "{kernel} asks for {} bytes of shared memory", shape.shared);
         // SAFETY: A is plain data; its bytes are read only, padding included, by a copy of them.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const *args).cast::<u8>(), size_of::<A>()) };
         // SAFETY: by the caller.

@@ -100,7 +100,7 @@ fn kernels_agree_with_ggml_dots() {
             Some(encode) => encode(&w, None, &mut bytes),
             None => ggml::quantize(b.id, &w, cols, None, &mut bytes),
         }
-        let mut acts = Activations::for_kernel(kernel);
+        let mut acts = Activations::for_kernel(&**kernel);
         acts.quantize(&pool, &x, cols);
         let plan = Matmul::with_kernel(&**kernel, rows, cols).unwrap();
         let mut out = vec![0.0; rows];

@@ -343,19 +343,42 @@ fn memory_is_accounted_for() {
 /// No kernel spills its registers on any architecture.
 #[cfg(feature = "cuda")]
 #[test]
-fn no_kernel_spills() {
+fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
+    /// Registers of a multiprocessor, on every architecture that is built for.
+    const REGISTERS: usize = 65_536;
+    /// Threads of a block, and blocks that must fit beside each other.
+    const BLOCKS: [(&str, usize, usize); 10] = [
+        ("matmul_8", 256, 2),
+        ("matmul_16", 256, 1),
+        ("matmul_32", 256, 1),
+        ("matmul_64", 256, 1),
+        ("attention_many_64", 128, 4),
+        ("attention_few_64", 128, 4),
+        ("attention_many_128", 128, 3),
+        ("attention_few_128", 128, 3),
+        ("attention_merge", 128, 12),
+        ("ceiling_read", 256, 4),
+    ];
     let report = kernels::cuda::ptxas_report();
-    let (mut kernel, mut n) = ("", 0);
+    let (mut kernel, mut n, mut held) = ("", 0, 0);
     for line in report.lines() {
         if let Some((_, name)) = line.split_once("Function properties for ") {
             kernel = name.trim();
         } else if line.contains("bytes spill stores") {
             n += 1;
             assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
+        } else if let Some((_, used)) = line.split_once("Used ") {
+            let registers: usize = used.split(' ').next().and_then(|n| n.parse().ok()).expect("a number of registers");
+            if let Some((_, threads, blocks)) = BLOCKS.iter().find(|b| b.0 == kernel) {
+                held += 1;
+                // A warp's registers are given out by 256.
+                let block = (registers * 32).next_multiple_of(256) * threads / 32;
+                assert!(block * blocks <= REGISTERS, "{kernel}: {registers} registers, {blocks} blocks of {threads} do not fit");
+            }
         }
     }
-    println!("{n} kernels");
-    assert!(n >= 5 * 6, "{report}");
+    println!("{n} kernels, {held} held to their ceilings");
+    assert!(n >= 5 * 6 && held == 5 * BLOCKS.len(), "{report}");
 }
 
 /// What the ceilings' kernels compute, so that their times are of work that was done.

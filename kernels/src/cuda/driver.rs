@@ -1,7 +1,7 @@
 //! A GPU through its driver, which is looked for when one is asked for: the
 //! same binary runs where there is none.
 
-use super::{Address, Gpu, Shape};
+use super::{Address, Gpu, MOST_SHARED, Shape};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -95,7 +95,7 @@ impl Driver {
             if let Ok(f) = unsafe { result::module::get_function(*m, c) } {
                 let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: a function of a loaded module. What a card has no room for fails at the launch, by name.
-                let _ = unsafe { result::function::set_function_attribute(f, most, 99 << 10) };
+                let _ = unsafe { result::function::set_function_attribute(f, most, MOST_SHARED as i32) };
                 known.insert(name, f as usize);
                 return Ok(f);
             }
