@@ -354,7 +354,7 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
         ("matmul_64", 256, 1),
         ("attention_many_64", 128, 4),
         ("attention_few_64", 128, 4),
-        ("attention_many_128", 128, 3),
+        ("attention_many_128", 128, 2),
         ("attention_few_128", 128, 3),
         ("attention_merge", 128, 12),
         ("ceiling_read", 256, 4),
