@@ -31,7 +31,12 @@ failures=0
 step() { echo "== $* (at $((SECONDS - begun)) s)"; }
 try() {
     local limit=$1 && shift
-    timeout "$limit" "$@" || { failures=$((failures + 1)) && echo "FAILED ($?): $*"; }
+    local status=0
+    timeout "$limit" "$@" || status=$?
+    if [ "$status" != 0 ]; then
+        failures=$((failures + 1))
+        echo "FAILED ($status): $*"
+    fi
 }
 
 run() {
@@ -45,7 +50,7 @@ run() {
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             step "compute-sanitizer $tool"
-            try 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/gpu_kernels" --test-threads 1 | tail -n 5
+            try 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/gpu_kernels" --test-threads 1
         done
     fi
     local folder=${GRIST_BENCH_DIR:-/tmp/gristmill-bench} shape=${GRIST_GPU_SHAPE:-mistral-22b}
@@ -56,7 +61,8 @@ run() {
         [ -s "$file" ] || try 240 "$here/grist" synth "$shape" -t "$kind" -o "$file"
         "$here/grist" plan "$file" --ctx 32768 --vram 24GiB || true
         # Loading and one token, with 32K of context, as on a card of 24 GiB: seconds and most memory of the host.
-        try 180 python3 - "$here/grist" "$file" <<'PY' | tee -a benches/runs/gpu.txt
+        # (No pipe after `try`: it would count failures in a shell of its own.)
+        try 180 python3 - "$here/grist" "$file" <<'PY' > >(tee -a benches/runs/gpu.txt)
 import resource, subprocess, sys, time
 begun = time.time()
 done = subprocess.run([sys.argv[1], "run", sys.argv[2], "-p", "a", "-n", "1", "--temp", "0", "--ctx", "32768",
@@ -64,9 +70,10 @@ done = subprocess.run([sys.argv[1], "run", sys.argv[2], "-p", "a", "-n", "1", "-
 rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 print(f"load and first token: {time.time() - begun:.1f} s, host memory {rss:.0f} MiB, exit {done.returncode}")
 print(done.stderr.strip())
+sys.exit(done.returncode)
 PY
-        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 2048 -n 64 -r 3 | tee -a benches/runs/gpu.txt
-        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 32 -d 8192 -r 3 | tee -a benches/runs/gpu.txt
+        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 2048 -n 64 -r 3 > >(tee -a benches/runs/gpu.txt)
+        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 32 -d 8192 -r 3 > >(tee -a benches/runs/gpu.txt)
     done
     step "done: $failures failed"
     return "$failures"

@@ -4,8 +4,7 @@ use kernels::matmul::{Job, Matmul, MatmulKernel, reference, run_group};
 use kernels::{Activations, Pool};
 
 /// Rows, columns in blocks, tokens.
-/// The last six have tokens enough for panels.
-// The last two: blocks of tokens that are not full, and odd in number, for tiles that take two.
+/// The last eight have tokens enough for panels; of the last two, the blocks of 16 are not full, and once odd in number.
 const SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 1),
     (1, 3, 2),

@@ -87,7 +87,7 @@ pub fn host_bytes(h: &Hparams, tensors: &[TensorInfo], split: Split) -> u64 {
 }
 
 /// Bytes of KV cache and scratch beside weights of any quantized type, all layers on the GPU, and
-/// what counting each of `n_tensors` in whole granules and tiles of rows can add to their sum.
+/// what counting each of `n_tensors` in whole granules can add to their sum.
 pub fn beside_weights(h: &Hparams, n_tensors: usize, ctx: usize, kv: KvType) -> Result<u64> {
     let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, ctx, kv)?;
     Ok(kv + scratch + n_tensors as u64 * GRANULE)
