@@ -3,10 +3,12 @@
 // 2018; the tiling of FlashAttention). The query heads of a KV head are rows of
 // one matrix, so that each key is read once for all of them.
 //
-// Many rows (SHARED_TILE): 4 warps of 16 rows read the same tiles. Few: 4 warps
-// have the same 16 rows and take tiles in turn; what they found is merged. The
-// context may be split among blocks too; attention_merge then merges theirs.
-#include "cache.cuh"
+// Many rows: 4 warps of 16 rows read the same tiles. A step of a few tokens: 4
+// warps have the same 16 rows and take tiles in turn; what they found is merged.
+// There the context is split among blocks too, whose last one merges; and all
+// that lies between the projections and the next matmul is done on the way.
+#include "onward.cuh"
+#include "rotate.cuh"
 
 struct AttentionArgs {
     const float *q; // [token][n_heads · key_dim]
@@ -37,20 +39,14 @@ template <unsigned D> struct State {
     float most[2], weight[2];
 };
 
-template <unsigned D> __device__ __forceinline__ void load_queries(const AttentionArgs &a, unsigned first_row, unsigned kv_head, unsigned lane, uint32_t (&q)[D / 16][4]) {
-    const unsigned rows = a.n_tokens * a.group;
+// `x`: this lane's row in `half`, or null.
+template <unsigned D> __device__ __forceinline__ void load_queries(const float *x, unsigned half, unsigned dim, unsigned lane, uint32_t (&q)[D / 16][4]) {
     UNROLL
-    for (unsigned half = 0; half < 2; half++) {
-        const unsigned row = first_row + lane / 4 + 8 * half;
-        const float *x = a.q + ((size_t(row / a.group) * a.n_kv_heads + kv_head) * a.group + row % a.group) * a.key_dim;
+    for (unsigned s = 0; s < D / 16; s++) {
         UNROLL
-        for (unsigned s = 0; s < D / 16; s++) {
-            UNROLL
-            for (unsigned k = 0; k < 2; k++) {
-                const unsigned column = 16 * s + 8 * k + lane % 4 * 2;
-                const bool real = row < rows && column < a.key_dim;
-                q[s][2 * k + half] = real ? float_to_half(x[column]) | uint32_t(float_to_half(x[column + 1])) << 16 : 0;
-            }
+        for (unsigned k = 0; k < 2; k++) {
+            const unsigned column = 16 * s + 8 * k + lane % 4 * 2;
+            q[s][2 * k + half] = x && column < dim ? float_to_half(x[column]) | uint32_t(float_to_half(x[column + 1])) << 16 : 0;
         }
     }
 }
@@ -123,71 +119,129 @@ template <unsigned D> __device__ __forceinline__ void attend(const AttentionArgs
     }
 }
 
-// `sums` of a row over all of its positions, or of a split.
-__device__ __forceinline__ void store_row(const AttentionArgs &a, unsigned row, unsigned kv_head, unsigned column, float sum, float most, float weight) {
-    const size_t of_all = (size_t(row / a.group) * a.n_kv_heads + kv_head) * a.group + row % a.group;
-    if (a.n_splits == 1) {
-        a.out[of_all * a.value_dim + column] = sum / weight;
-        return;
-    }
-    const size_t rows = size_t(a.n_tokens) * a.n_kv_heads * a.group;
-    float *p = a.partial + (blockIdx.z * rows + of_all) * (a.value_dim + 2);
-    p[column] = sum;
-    if (column == 0) p[a.value_dim] = most, p[a.value_dim + 1] = weight;
+// Where row (token, head of the group) of a KV head lies among all rows.
+__device__ __forceinline__ size_t row_of_all(const AttentionArgs &a, unsigned row, unsigned kv_head) {
+    return (size_t(row / a.group) * a.n_kv_heads + kv_head) * a.group + row % a.group;
 }
 
-// grid: rows / 64 (or 16) × KV heads × splits of the context.
-template <unsigned D, bool SHARED_TILE> __device__ __forceinline__ void attention(const AttentionArgs &a) {
-    SHARED(uint16_t, memory);
-    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, rows = a.n_tokens * a.group;
-    const unsigned block_rows = SHARED_TILE ? ROWS * WARPS_OF_ATTENTION : ROWS;
-    const unsigned block_row = blockIdx.x * block_rows, first_row = block_row + (SHARED_TILE ? warp * ROWS : 0);
-    uint16_t *keys = memory + (SHARED_TILE ? 0 : warp * 2 * TILE * (D + PADDING)), *values = keys + TILE * (D + PADDING);
+// Tiles of positions that any of a block's rows sees, of which this split has a part.
+struct Span {
+    unsigned begin, end, newest;
+};
+__device__ __forceinline__ Span span(const AttentionArgs &a, unsigned block_row, unsigned block_rows) {
+    const unsigned last_row = min(block_row + block_rows, a.n_tokens * a.group) - 1, newest = a.first_position + last_row / a.group;
+    const unsigned query = a.first_position + block_row / a.group, oldest = query >= a.window ? query - a.window + 1 : 0;
+    const unsigned first = oldest / TILE, n = newest / TILE + 1 - first;
+    return {first + n * blockIdx.z / a.n_splits, first + n * (blockIdx.z + 1) / a.n_splits, newest};
+}
 
-    uint32_t q[D / 16][4];
-    load_queries<D>(a, first_row, kv_head, lane, q);
-    State<D> state = {};
-    state.most[0] = state.most[1] = NONE;
-
-    // Positions that any row of the block sees, in tiles, of which this split has a part.
-    const unsigned last_row = min(block_row + block_rows, rows) - 1, newest = a.first_position + last_row / a.group;
-    const unsigned oldest_query = a.first_position + block_row / a.group, oldest = oldest_query >= a.window ? oldest_query - a.window + 1 : 0;
-    const unsigned first_tile = oldest / TILE, n_tiles = newest / TILE + 1 - first_tile;
-    const unsigned begin = first_tile + n_tiles * blockIdx.z / a.n_splits, end = first_tile + n_tiles * (blockIdx.z + 1) / a.n_splits;
-    const Rows of_keys = {a.keys, a.kv_type}, of_values = {a.values, a.kv_type};
-    for (unsigned tile = begin + (SHARED_TILE ? 0 : warp); tile < end; tile += SHARED_TILE ? 1 : WARPS_OF_ATTENTION) {
-        const unsigned position = tile * TILE, n = min(TILE, newest + 1 - position);
-        const size_t row = size_t(kv_head) * a.capacity + position;
-        const unsigned thread = SHARED_TILE ? threadIdx.x : lane, threads = SHARED_TILE ? WARPS_OF_ATTENTION * WARP : WARP;
-        if (SHARED_TILE) __syncthreads();
-        else __syncwarp();
-        load_tile<D>(of_keys, row, n, a.key_dim, thread, threads, keys);
-        load_tile<D>(of_values, row, n, a.value_dim, thread, threads, values);
-        if (SHARED_TILE) __syncthreads();
-        else __syncwarp();
-        attend<D>(a, keys, values, position, first_row, lane, q, state);
-    }
-
+template <unsigned D> __device__ __forceinline__ void sum_weights(State<D> &state) {
     UNROLL
     for (unsigned half = 0; half < 2; half++) {
         state.weight[half] += __shfl_xor_sync(~0u, state.weight[half], 1);
         state.weight[half] += __shfl_xor_sync(~0u, state.weight[half], 2);
     }
-    if (SHARED_TILE) {
-        UNROLL
-        for (unsigned n = 0; n < D / 8; n++) {
-            UNROLL
-            for (unsigned i = 0; i < 4; i++) {
-                const unsigned row = first_row + lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
-                if (row < rows && column < a.value_dim) store_row(a, row, kv_head, column, state.out[n][i], state.most[i / 2], state.weight[i / 2]);
-            }
-        }
-        return;
+}
+
+// grid: rows / 64 × KV heads.
+template <unsigned D> __device__ __forceinline__ void attention_many(const AttentionArgs &a) {
+    SHARED(uint16_t, memory);
+    constexpr unsigned BLOCK_ROWS = ROWS * WARPS_OF_ATTENTION;
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, rows = a.n_tokens * a.group;
+    const unsigned block_row = blockIdx.x * BLOCK_ROWS, first_row = block_row + warp * ROWS;
+    uint16_t *keys = memory, *values = keys + TILE * (D + PADDING);
+
+    uint32_t q[D / 16][4];
+    UNROLL
+    for (unsigned half = 0; half < 2; half++) {
+        const unsigned row = first_row + lane / 4 + 8 * half;
+        load_queries<D>(row < rows ? a.q + row_of_all(a, row, kv_head) * a.key_dim : nullptr, half, a.key_dim, lane, q);
     }
+    State<D> state = {};
+    state.most[0] = state.most[1] = NONE;
+    const Span s = span(a, block_row, BLOCK_ROWS);
+    const Rows of_keys = {a.keys, a.kv_type}, of_values = {a.values, a.kv_type};
+    for (unsigned tile = s.begin; tile < s.end; tile++) {
+        const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
+        const size_t row = size_t(kv_head) * a.capacity + position;
+        __syncthreads();
+        load_tile<D>(of_keys, row, n, a.key_dim, threadIdx.x, blockDim.x, keys);
+        load_tile<D>(of_values, row, n, a.value_dim, threadIdx.x, blockDim.x, values);
+        __syncthreads();
+        attend<D>(a, keys, values, position, first_row, lane, q, state);
+    }
+    sum_weights<D>(state);
+    UNROLL
+    for (unsigned n = 0; n < D / 8; n++) {
+        UNROLL
+        for (unsigned i = 0; i < 4; i++) {
+            const unsigned row = first_row + lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+            if (row < rows && column < a.value_dim) a.out[row_of_all(a, row, kv_head) * a.value_dim + column] = state.out[n][i] / state.weight[i / 2];
+        }
+    }
+}
+
+struct StepArgs {
+    AttentionArgs attention; // its first_position is not used
+    RotateArgs rotation;
+    Onward onward;                  // of `out`
+    const uint32_t *first_position; // in memory, so that one captured launch serves every step
+    uint32_t *arrived;              // [KV head][block of rows]: splits so far; zeros between launches
+};
+
+// grid: rows / 16 × KV heads × splits of the context.
+template <unsigned D> __device__ __forceinline__ void attention_step(const StepArgs &args) {
+    SHARED(uint16_t, memory);
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, block_row = blockIdx.x * ROWS;
+    AttentionArgs a = args.attention;
+    a.first_position = *args.first_position;
+    const unsigned rows = a.n_tokens * a.group;
+    const Span s = span(a, block_row, ROWS);
+    constexpr unsigned STRIDE = D + 2, TILE_HALVES = 2 * TILE * (D + PADDING);
+    uint16_t *keys = memory + warp * TILE_HALVES, *values = keys + TILE_HALVES / 2;
+    float *found = (float *)memory;
+    uint32_t *flag = (uint32_t *)(memory + WARPS_OF_ATTENTION * TILE_HALVES);
+
+    // Queries, where tiles will be; new keys and values of this block's positions, by every block that reads them.
+    for (unsigned r = warp; r < ROWS; r += WARPS_OF_ATTENTION) {
+        const unsigned row = block_row + r;
+        if (row < rows) rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, row / a.group, lane, found + r * D);
+    }
+    float *head = found + (ROWS + warp) * D;
+    for (unsigned t = warp; t < a.n_tokens; t += WARPS_OF_ATTENTION) {
+        const unsigned position = a.first_position + t;
+        if (position / TILE < s.begin || position / TILE >= s.end) continue;
+        rotate_head(args.rotation, KEY, kv_head, t, lane, head);
+        append(args.rotation, KEY, kv_head, position, lane, head);
+        __syncwarp();
+        rotate_head(args.rotation, VALUE, kv_head, t, lane, head);
+        append(args.rotation, VALUE, kv_head, position, lane, head);
+        __syncwarp();
+    }
+    __syncthreads();
+    uint32_t q[D / 16][4];
+    UNROLL
+    for (unsigned half = 0; half < 2; half++) {
+        const unsigned r = lane / 4 + 8 * half;
+        load_queries<D>(block_row + r < rows ? found + r * D : nullptr, half, a.key_dim, lane, q);
+    }
+    __syncthreads();
+
+    State<D> state = {};
+    state.most[0] = state.most[1] = NONE;
+    const Rows of_keys = {a.keys, a.kv_type}, of_values = {a.values, a.kv_type};
+    for (unsigned tile = s.begin + warp; tile < s.end; tile += WARPS_OF_ATTENTION) {
+        const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
+        const size_t row = size_t(kv_head) * a.capacity + position;
+        __syncwarp();
+        load_tile<D>(of_keys, row, n, a.key_dim, lane, WARP, keys);
+        load_tile<D>(of_values, row, n, a.value_dim, lane, WARP, values);
+        __syncwarp();
+        attend<D>(a, keys, values, position, block_row, lane, q, state);
+    }
+    sum_weights<D>(state);
 
     // Each warp's sums, then maxima and weights, where the tiles were.
-    constexpr unsigned STRIDE = D + 2;
-    float *found = (float *)memory;
     __syncthreads();
     UNROLL
     for (unsigned n = 0; n < D / 8; n++) {
@@ -201,40 +255,59 @@ template <unsigned D, bool SHARED_TILE> __device__ __forceinline__ void attentio
         row[D + 1] = half ? state.weight[1] : state.weight[0];
     }
     __syncthreads();
+    // [split][row][value_dim + 2]: sums, maximum, weight; rows are (token, query head)
+    const size_t all_rows = size_t(rows) * a.n_kv_heads;
+    const unsigned stride = a.value_dim + 2;
     for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
-        const unsigned row = i / a.value_dim, column = i % a.value_dim;
-        if (block_row + row >= rows) continue;
+        const unsigned r = i / a.value_dim, column = i % a.value_dim;
+        if (block_row + r >= rows) continue;
         float most = NONE, sum = 0, weight = 0;
-        for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) most = fmaxf(most, found[(w * ROWS + row) * STRIDE + D]);
+        for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) most = fmaxf(most, found[(w * ROWS + r) * STRIDE + D]);
         for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) {
-            const float *p = found + (w * ROWS + row) * STRIDE;
+            const float *p = found + (w * ROWS + r) * STRIDE;
             const float share = exp2f(p[D] - most);
             sum += p[column] * share;
             weight += p[D + 1] * share;
         }
-        store_row(a, block_row + row, kv_head, column, sum, most, weight);
-    }
-}
-
-KERNEL_OF(128, attention_many_64, AttentionArgs) { attention<64, true>(a); }
-KERNEL_OF(128, attention_many_128, AttentionArgs) { attention<128, true>(a); }
-KERNEL_OF(128, attention_few_64, AttentionArgs) { attention<64, false>(a); }
-KERNEL_OF(128, attention_few_128, AttentionArgs) { attention<128, false>(a); }
-
-// grid: rows; what the splits found becomes `out`.
-KERNEL_OF(128, attention_merge, AttentionArgs) {
-    const size_t rows = gridDim.x, row = blockIdx.x;
-    const unsigned stride = a.value_dim + 2;
-    float most = NONE;
-    for (unsigned s = 0; s < a.n_splits; s++) most = fmaxf(most, a.partial[(s * rows + row) * stride + a.value_dim]);
-    for (unsigned column = threadIdx.x; column < a.value_dim; column += blockDim.x) {
-        float sum = 0, weight = 0;
-        for (unsigned s = 0; s < a.n_splits; s++) {
-            const float *p = a.partial + (s * rows + row) * stride;
-            const float share = exp2f(p[a.value_dim] - most);
-            sum += p[column] * share;
-            weight += p[a.value_dim + 1] * share;
+        const size_t of_all = row_of_all(a, block_row + r, kv_head);
+        if (a.n_splits == 1) {
+            a.out[of_all * a.value_dim + column] = sum / weight;
+            continue;
         }
-        a.out[row * a.value_dim + column] = sum / weight;
+        float *p = a.partial + (blockIdx.z * all_rows + of_all) * stride;
+        p[column] = sum;
+        if (column == 0) p[a.value_dim] = most, p[a.value_dim + 1] = weight;
+    }
+
+    if (a.n_splits > 1) {
+        if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, a.n_splits, flag)) return;
+        for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
+            const unsigned r = i / a.value_dim, column = i % a.value_dim;
+            if (block_row + r >= rows) continue;
+            const float *p = a.partial + row_of_all(a, block_row + r, kv_head) * stride;
+            float most = NONE, sum = 0, weight = 0;
+            for (unsigned k = 0; k < a.n_splits; k++) most = fmaxf(most, __ldcg(p + k * all_rows * stride + a.value_dim));
+            for (unsigned k = 0; k < a.n_splits; k++) {
+                const float *of_split = p + k * all_rows * stride;
+                const float share = exp2f(__ldcg(of_split + a.value_dim) - most);
+                sum += __ldcg(of_split + column) * share;
+                weight += __ldcg(of_split + a.value_dim + 1) * share;
+            }
+            a.out[row_of_all(a, block_row + r, kv_head) * a.value_dim + column] = sum / weight;
+        }
+    }
+
+    if (!args.onward.arrived) return;
+    // Heads lie across slabs: a slab is complete when every KV head and block of rows that has columns in it is.
+    const unsigned width = a.group * a.value_dim, columns = a.n_kv_heads * width;
+    for (unsigned slab = kv_head * width / CHUNK_COLUMNS; slab * CHUNK_COLUMNS < (kv_head + 1) * width; slab++) {
+        const unsigned first = slab * CHUNK_COLUMNS / width, last = (min((slab + 1) * CHUNK_COLUMNS, columns) - 1) / width;
+        if (!comes_last(args.onward.arrived + slab, (last - first + 1) * gridDim.x, flag)) continue;
+        for (unsigned t = warp; t < a.n_tokens; t += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(t) * columns, t, slab, columns, lane);
     }
 }
+
+KERNEL_OF(128, attention_many_64, AttentionArgs) { attention_many<64>(a); }
+KERNEL_OF(128, attention_many_128, AttentionArgs) { attention_many<128>(a); }
+KERNEL_OF(128, attention_step_64, StepArgs) { attention_step<64>(a); }
+KERNEL_OF(128, attention_step_128, StepArgs) { attention_step<128>(a); }

@@ -80,6 +80,17 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void *ro
                  : "memory");
 }
 
+// Sixteen bytes to shared memory, on their way until `wait_for_copies`; those between two commits are a group.
+__device__ __forceinline__ void copy_async(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most the N last groups of this thread are on their way.
+template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Asks for the 128 bytes around an address, which need not exist, to come to L2.
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Sixteen bytes that are read once: they need not push what is shared out of the caches.
 __device__ __forceinline__ uint4 load_once(const void *at) {
     uint4 v;

@@ -5,11 +5,13 @@
 //! their group.
 //!
 //! Two shapes of work, one file each: many query rows against a tile
-//! (`prefill.rs`, register-tiled products), and few (`decode.rs`, where the
+//! (`prefill.rs`, register-tiled products, and `matrix.rs`, for CPUs with matrix
+//! tiles), and few (`decode.rs`, where the
 //! context is split among threads and partial results are merged).
 
 mod decode;
 mod kv_view;
+mod matrix;
 mod prefill;
 
 use crate::isa::{self, Isa, Op};
@@ -21,6 +23,8 @@ const PREFILL_MIN_ROWS: usize = 16;
 /// Query rows of a prefill task: a multiple of the register tile, enough to
 /// pay for a tile's conversion, few enough that scores and sums stay in L1.
 const PREFILL_ROWS: usize = 96;
+/// The same where matrix tiles make the conversion the larger part.
+const MATRIX_ROWS: usize = 192;
 /// Positions of a decode task at least: a few tiles.
 const SPLIT_MIN: usize = 256;
 
@@ -57,7 +61,8 @@ impl Attention<'_> {
         let head_cols = self.group * self.value_dim;
         let cols = self.n_kv_heads * head_cols;
         if self.n_tokens * self.group >= PREFILL_MIN_ROWS {
-            let tokens = (PREFILL_ROWS / self.group).max(1);
+            let rows = if self.in_matrix_tiles(isa::has_matrix_tiles()) { MATRIX_ROWS } else { PREFILL_ROWS };
+            let tokens = (rows / self.group).max(1);
             let out = Matrix::new(out, self.n_tokens, cols, tokens, head_cols);
             pool.for_each_tile(&mut [out], |_, tile| {
                 let head = tile.cols.start / head_cols;
@@ -68,6 +73,11 @@ impl Attention<'_> {
         for t in 0..self.n_tokens {
             self.decode_token(pool, t, &mut partials.0, &mut out[t * cols..(t + 1) * cols]);
         }
+    }
+
+    /// Floats that are to be exact stay floats.
+    fn in_matrix_tiles(&self, there_are: bool) -> bool {
+        there_are && !matches!(self.k, KvView::F32(_))
     }
 
     /// The positions that token `t` sees.
@@ -116,6 +126,9 @@ impl Op for PrefillTask<'_, '_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        if self.a.in_matrix_tiles(I::MATRIX_TILES) {
+            return matrix::run(isa, self.a, self.head, self.tile);
+        }
         prefill::run(isa, self.a, self.head, self.tile);
     }
 }

@@ -7,6 +7,7 @@
 
 mod attention;
 pub mod ceiling;
+mod decode;
 #[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "cuda-host")]
@@ -14,17 +15,23 @@ mod host;
 mod matmul;
 mod pack;
 mod quantize;
+mod top;
 
-pub use attention::{CacheType, Heads, LayerCache, Rotation, attention, partial_floats, rotate};
+pub use attention::{CacheType, Heads, LayerCache, Rotation, StepState, attention, attention_step, rotate, splits};
+pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
 pub use matmul::{Job, matmul};
 pub use pack::{TILE_ROWS, WeightMatrix};
 pub use quantize::{Form, Inputs, OnTheWay};
+pub use top::{MOST_TOP, Top};
 
 use crate::error::{Error, Result};
 use std::sync::{Arc, Mutex};
 
 /// An address in a GPU's memory.
 pub type Address = u64;
+
+/// Of a GPU's own, for launches that were captured.
+pub type GraphId = u64;
 
 /// Blocks of a launch and threads of each, dynamic shared memory in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +61,14 @@ pub trait Gpu: Send + Sync {
     /// `args` is the kernel's own struct, and the addresses in it are of
     /// allocations as long as the kernel reads and writes with it.
     unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()>;
+    /// Until `end_capture`, launches are kept and not done.
+    fn begin_capture(&self) -> Result<()>;
+    /// What was kept, to be done as one.
+    fn end_capture(&self) -> Result<GraphId>;
+    /// # Safety
+    /// What its launches have addresses of is still allocated.
+    unsafe fn replay(&self, graph: GraphId) -> Result<()>;
+    fn forget(&self, graph: GraphId);
     /// Until all work is done.
     fn wait(&self) -> Result<()>;
 }
@@ -70,6 +85,8 @@ struct Ledger {
     used: u64,
     peak: u64,
     log: Vec<Allocation>,
+    frees: u64,
+    launches: u64,
 }
 
 struct Shared {
@@ -109,7 +126,7 @@ impl Device {
     /// This host in a GPU's place. `reversed`: threads run last to first.
     #[cfg(feature = "cuda-host")]
     pub fn host(cap: u64, reversed: bool) -> Device {
-        Device::new(Box::new(host::Host { reversed }), cap)
+        Device::new(Box::new(host::Host::new(reversed)), cap)
     }
 
     pub fn name(&self) -> String {
@@ -138,6 +155,11 @@ impl Device {
 
     pub fn log(&self) -> Vec<Allocation> {
         self.ledger().log.clone()
+    }
+
+    /// Launches asked for so far, one for all of a replay.
+    pub fn launches(&self) -> u64 {
+        self.ledger().launches
     }
 
     fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
@@ -173,14 +195,53 @@ impl Device {
         self.0.gpu.wait()
     }
 
+    /// Keeps what `launches` asks for, to be done later as one.
+    pub fn capture<E: From<Error>>(&self, launches: impl FnOnce() -> std::result::Result<(), E>) -> std::result::Result<Graph, E> {
+        self.0.gpu.begin_capture()?;
+        let asked = launches();
+        // Ended in any case, as nothing else could be launched before.
+        let id = self.0.gpu.end_capture()?;
+        let graph = Graph { device: self.clone(), id, frees: self.ledger().frees };
+        asked.map(|()| graph)
+    }
+
+    /// Does what was captured; false, and nothing, if memory was freed since, whose addresses it may have.
+    pub fn replay(&self, graph: &Graph) -> Result<bool> {
+        assert!(Arc::ptr_eq(&self.0, &graph.device.0), "a graph of another device");
+        {
+            let mut ledger = self.ledger();
+            if ledger.frees != graph.frees {
+                return Ok(false);
+            }
+            ledger.launches += 1;
+        }
+        // SAFETY: every launch in it was checked when it was asked for, and nothing was freed since.
+        unsafe { self.0.gpu.replay(graph.id) }.map(|()| true)
+    }
+
     /// # Safety
     /// As of [`Gpu::launch`]; `A` is the kernel's struct, `repr(C)` and without padding that matters.
     unsafe fn launch<A>(&self, kernel: &'static str, shape: Shape, args: &A) -> Result<()> {
         assert!(shape.shared <= MOST_SHARED, "{kernel} asks for {} bytes of shared memory", shape.shared);
+        self.ledger().launches += 1;
         // SAFETY: A is plain data; its bytes are read only, padding included, by a copy of them.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const *args).cast::<u8>(), size_of::<A>()) };
         // SAFETY: by the caller.
         unsafe { self.0.gpu.launch(kernel, shape, bytes) }
+    }
+}
+
+/// Launches that were captured.
+pub struct Graph {
+    device: Device,
+    id: GraphId,
+    /// What the device had freed when it was captured.
+    frees: u64,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.device.0.gpu.forget(self.id);
     }
 }
 
@@ -227,17 +288,17 @@ impl Buffer {
         self.write(0, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
     }
 
-    /// Appends the first `n` floats.
-    pub fn read_floats_into(&self, n: usize, out: &mut Vec<f32>) -> Result<()> {
+    /// Appends `n` floats from byte `offset` on.
+    pub fn read_floats_into(&self, offset: usize, n: usize, out: &mut Vec<f32>) -> Result<()> {
         let mut bytes = vec![0; 4 * n];
-        self.read(0, &mut bytes)?;
+        self.read(offset, &mut bytes)?;
         out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
         Ok(())
     }
 
     pub fn read_floats(&self) -> Result<Vec<f32>> {
         let mut out = vec![];
-        self.read_floats_into(self.bytes / 4, &mut out)?;
+        self.read_floats_into(0, self.bytes / 4, &mut out)?;
         Ok(out)
     }
 }
@@ -247,7 +308,9 @@ impl Drop for Buffer {
         // SAFETY: allocated by `Device::allocate` with as many bytes; nobody else has its address but work
         // that was asked for before, which the driver's own free waits for.
         unsafe { self.device.0.gpu.free(self.at, self.bytes.max(1)) };
-        self.device.ledger().used -= self.counted;
+        let mut ledger = self.device.ledger();
+        ledger.used -= self.counted;
+        ledger.frees += 1;
     }
 }
 

@@ -237,6 +237,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
             reference_tile(x, w, 8 * b..8 * b + 8, |b| i32::from(b as i8), out);
         }
     }
+    /// out\[j\] = Σ over steps of a\[step\] · b\[step\]\[j\], each operand the sum of two bfloat parts of which the product
+    /// of the smaller ones is left out. Tiles are `MatrixDepth::Columns64`.
+    fn tile_bfloats(self, a: &[Bfloats], b: &[[Bfloats; 4]], out: &mut [FloatSums; 4]) {
+        for (j, out) in out.iter_mut().enumerate() {
+            reference_bfloats(a, b.iter().map(|b| &b[j]), out);
+        }
+    }
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }
@@ -265,6 +272,52 @@ pub type MatrixQuants = [[[i8; 64]; MATRIX_TOKENS]; 4];
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 pub struct MatrixSums(pub [Lanes; MATRIX_TOKENS]);
+
+/// An operand of a product of bfloats: 16 rows × 32 values, or 32 values × 16 columns, two values of
+/// the 32 in a dword, as the larger part and what that leaves.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub struct Bfloats(pub [[Lanes; 16]; 2]);
+
+impl Bfloats {
+    pub const ZERO: Bfloats = Bfloats([[[0; 16]; 16]; 2]);
+
+    /// Row `i`: `even` in the low halves of dwords, `odd` in the high ones.
+    #[inline(always)]
+    pub fn put(&mut self, i: usize, even: &[f32; 16], odd: &[f32; 16]) {
+        for l in 0..16 {
+            let parts = |x: f32| {
+                let large = x.to_bits().wrapping_add(0x8000) & 0xffff_0000;
+                [large, (x - f32::from_bits(large)).to_bits() & 0xffff_0000]
+            };
+            let (even, odd) = (parts(even[l]), parts(odd[l]));
+            self.0[0][i][l] = even[0] >> 16 | odd[0];
+            self.0[1][i][l] = even[1] >> 16 | odd[1];
+        }
+    }
+}
+
+/// 16 rows × 16 columns.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub struct FloatSums(pub [[f32; 16]; 16]);
+
+fn reference_bfloats<'b>(a: &[Bfloats], b: impl Iterator<Item = &'b Bfloats>, out: &mut FloatSums) {
+    let values = |dword: u32| [f32::from_bits(dword << 16), f32::from_bits(dword & 0xffff_0000)];
+    *out = FloatSums([[0.0; 16]; 16]);
+    for (a, b) in a.iter().zip(b) {
+        for (r, out) in out.0.iter_mut().enumerate() {
+            for (c, out) in out.iter_mut().enumerate() {
+                for i in 0..16 {
+                    for (x, y) in [(0, 0), (1, 0), (0, 1)] {
+                        let (x, y) = (values(a.0[x][r][i]), values(b.0[y][i][c]));
+                        *out += x[0] * y[0] + x[1] * y[1];
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// What matrix tiles compute, for rows that have none and for tests: Σ over `steps` (four columns each).
 fn reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Range<usize>, value: impl Fn(u8) -> i32, out: &mut MatrixSums) {

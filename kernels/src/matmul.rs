@@ -8,6 +8,7 @@
 
 pub mod activation;
 mod any_block;
+mod gated;
 mod iq4;
 mod legacy;
 pub mod panel;
@@ -26,6 +27,8 @@ use gguf::BlockType;
 use gguf::blocks;
 use panel::PanelWeights;
 use std::sync::OnceLock;
+
+pub use gated::run_gated;
 
 /// One weight type's dot product, written once for all ISAs.
 pub trait WeightDot: PanelWeights {
@@ -254,6 +257,13 @@ impl Matmul {
     }
 }
 
+impl Matmul {
+    fn assert_fits(&self, weights: &[u8], acts: &Activations) {
+        assert!(acts.are_for(self.kernel) && self.cols == acts.cols(), "activations do not fit the kernel");
+        assert!(weights.len() == self.rows * self.row_bytes, "weights do not fit the plan");
+    }
+}
+
 /// Rows of weights a thread takes at a time: few enough that the threads end
 /// together, and if several tokens pass them in turn, that they stay in L2.
 fn rows_per_tile(plan: &Matmul, n_threads: usize, n_tokens: usize) -> usize {
@@ -271,8 +281,7 @@ pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
     let n = acts.n_tokens();
     let inputs: Vec<(Matmul, &[u8])> = jobs.iter().map(|j| (j.plan, j.weights)).collect();
     for (plan, weights) in &inputs {
-        assert!(acts.are_for(plan.kernel) && plan.cols == acts.cols(), "activations do not fit the kernel");
-        assert!(weights.len() == plan.rows * plan.row_bytes, "weights do not fit the plan");
+        plan.assert_fits(weights, acts);
     }
     let mut outs: Vec<Matrix<'_>> = jobs
         .iter_mut()

@@ -333,6 +333,8 @@ fn pin(_: usize) {}
 /// A row-major output matrix, cut into tiles of at most `row_step` × `col_step`.
 pub struct Matrix<'a, T = f32> {
     data: &'a mut [T],
+    /// What its rows are counted from.
+    first_row: usize,
     rows: usize,
     cols: usize,
     row_step: usize,
@@ -342,7 +344,22 @@ pub struct Matrix<'a, T = f32> {
 impl<'a, T> Matrix<'a, T> {
     pub fn new(data: &'a mut [T], rows: usize, cols: usize, row_step: usize, col_step: usize) -> Self {
         assert!(rows.checked_mul(cols).is_some_and(|n| n <= data.len()), "the buffer is too small for {rows} × {cols}");
-        Matrix { data, rows, cols, row_step: row_step.max(1), col_step: col_step.max(1) }
+        Matrix { data, first_row: 0, rows, cols, row_step: row_step.max(1), col_step: col_step.max(1) }
+    }
+
+    /// The same of rows that are called `first_row` and after.
+    pub fn from_row(self, first_row: usize) -> Self {
+        Matrix { first_row, ..self }
+    }
+
+    /// Calls `f(tile)` for every tile on this thread.
+    pub fn each_tile(mut self, mut f: impl FnMut(&mut Tile<'_, T>)) {
+        let n = self.n_tiles();
+        let shared = SharedMatrix::new(&mut self);
+        for i in 0..n {
+            // SAFETY: each `i` once.
+            f(&mut unsafe { shared.tile(i) });
+        }
     }
 
     fn n_tiles(&self) -> usize {
@@ -352,6 +369,7 @@ impl<'a, T> Matrix<'a, T> {
 
 struct SharedMatrix<'a, T> {
     data: *mut T,
+    first_row: usize,
     rows: usize,
     cols: usize,
     row_step: usize,
@@ -366,6 +384,7 @@ impl<'a, T> SharedMatrix<'a, T> {
     fn new(m: &'a mut Matrix<'_, T>) -> Self {
         SharedMatrix {
             data: m.data.as_mut_ptr(),
+            first_row: m.first_row,
             rows: m.rows,
             cols: m.cols,
             row_step: m.row_step,
@@ -382,9 +401,10 @@ impl<'a, T> SharedMatrix<'a, T> {
         let across = self.cols.div_ceil(self.col_step);
         let (r, c) = (i / across * self.row_step, i % across * self.col_step);
         Tile {
-            rows: r..(r + self.row_step).min(self.rows),
+            rows: self.first_row + r..self.first_row + (r + self.row_step).min(self.rows),
             cols: c..(c + self.col_step).min(self.cols),
             data: self.data,
+            first_row: self.first_row,
             stride: self.cols,
             lifetime: std::marker::PhantomData,
         }
@@ -396,6 +416,7 @@ pub struct Tile<'a, T = f32> {
     pub rows: Range<usize>,
     pub cols: Range<usize>,
     data: *mut T,
+    first_row: usize,
     stride: usize,
     lifetime: std::marker::PhantomData<&'a mut [T]>,
 }
@@ -410,10 +431,10 @@ impl<T> Tile<'_, T> {
     #[inline(always)]
     pub fn row_mut(&mut self, row: usize) -> &mut [T] {
         assert!(self.rows.contains(&row));
-        // SAFETY: `row` and `cols` lie within the matrix (checked here and by
-        // SharedMatrix::tile), whose buffer holds rows × cols (checked by
+        // SAFETY: `row` (from `first_row` on) and `cols` lie within the matrix (checked here
+        // and by SharedMatrix::tile), whose buffer holds rows × cols (checked by
         // Matrix::new); no other tile covers these elements (SharedMatrix::tile's contract).
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.stride + self.cols.start), self.cols.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add((row - self.first_row) * self.stride + self.cols.start), self.cols.len()) }
     }
 }
 

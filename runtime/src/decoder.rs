@@ -9,7 +9,7 @@ use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
 use kernels::vecmath::{self, RopeTable};
-use kernels::{ActivationFormat, Activations, Observer, Pool};
+use kernels::{Observer, Pool};
 use std::sync::Mutex;
 
 /// Tokens that pass through the layers together.
@@ -66,8 +66,7 @@ impl Scratch {
     pub fn bytes(h: &Hparams, batch: usize) -> u64 {
         let floats: usize = Self::lengths(h, batch).iter().sum();
         let widest = h.hidden.max(h.dim(Dim::AttnOut)).max(h.ffn).max(h.expert_ffn) as usize;
-        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float];
-        let quantized: usize = formats.iter().map(|f| Activations::bytes_for(*f, batch, widest)).sum();
+        let quantized = Quantized::bytes(batch, widest, if h.n_experts > 0 { h.expert_ffn } else { h.ffn } as usize);
         (floats * 4 + quantized) as u64 + h.vocab * 4
     }
 

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::gpu::{self, GpuDecoder, Split, Target};
 use crate::kv_cache::{KvCache, KvType};
 use crate::model::Model;
+use crate::sampler::Sampler;
 use kernels::Pool;
 
 enum Place<'m> {
@@ -45,6 +46,17 @@ impl<'m> Engine<'m> {
             Place::Cpu(decoder, cache) => decoder.forward(pool, cache, tokens, want),
             Place::Gpu(decoder) => decoder.forward(pool, tokens, want),
         }
+    }
+
+    /// Appends `tokens` and draws the one after them; `history` is all that came before it.
+    pub fn sample(&mut self, pool: &Pool, tokens: &[u32], sampler: &mut Sampler, history: &[u32]) -> Result<u32> {
+        if let (Place::Gpu(decoder), Some(k)) = (&mut self.place, sampler.needs_top())
+            && let Some(top) = decoder.forward_top(pool, tokens, k)?
+        {
+            return Ok(sampler.sample_top(top));
+        }
+        let logits = self.forward(pool, tokens, Want::Last)?;
+        Ok(sampler.sample(logits, history))
     }
 
     /// Tokens that can be stored.

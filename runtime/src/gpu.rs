@@ -8,6 +8,7 @@
 
 mod loader;
 mod memory;
+mod step;
 
 pub use memory::{Needs, Split, beside_weights, best_split, host_bytes, needs};
 
@@ -16,13 +17,17 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{KvCache, KvType};
 use crate::layers;
 use crate::model::{FeedForwardWeights, Model, Weight};
-use gguf::TensorInfo;
 use gguf::arch::{Dim, RopeLayout};
+use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
-use kernels::cuda::{Buffer, Device, Form, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix, attention, matmul, rotate};
+use kernels::cuda::{
+    Buffer, Device, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, StepState, Top, WeightMatrix, attention,
+    attention_step, matmul, rotate, splits,
+};
 use kernels::vecmath::RopeTable;
 use loader::Loader;
 use memory::{LOGIT_ROWS, cache_type, heads, scratch_floats, widest};
+use step::{Few, Head, Kind, Parts};
 
 struct Layer {
     norm: Buffer,
@@ -32,6 +37,20 @@ struct Layer {
     head_norms: [Option<Buffer>; 2],
     /// None: the host runs it.
     mlp: Option<Mlp>,
+}
+
+impl Layer {
+    fn rotation<'a>(&'a self, h: &Hparams, s: &'a Scratch, pairs: usize) -> Rotation<'a> {
+        Rotation {
+            biases: self.biases.each_ref().map(Option::as_ref),
+            norms: self.head_norms.each_ref().map(Option::as_ref),
+            eps: h.rms_eps,
+            pairs,
+            adjacent: h.arch.rope == RopeLayout::AdjacentPairs,
+            tables: Some([&s.cos, &s.sin]),
+            q_scales: h.query_temperature.is_some().then_some(&s.q_scales),
+        }
+    }
 }
 
 struct Mlp {
@@ -49,7 +68,6 @@ struct Scratch {
     gate: Buffer,
     up: Buffer,
     logits: Buffer,
-    partial: Buffer,
     cos: Buffer,
     sin: Buffer,
     q_scales: Buffer,
@@ -87,6 +105,10 @@ pub struct GpuDecoder<'m> {
     cache: Vec<LayerCache>,
     inputs: Inputs,
     scratch: Scratch,
+    state: StepState,
+    top: Top,
+    /// None: steps of a few tokens run as those of many do.
+    few: Option<Few>,
     batch: usize,
     capacity: usize,
     len: usize,
@@ -148,6 +170,7 @@ impl<'m> GpuDecoder<'m> {
         let output_norm = device.upload_floats("norms", &model.output_norm)?;
         let cache = (0..layers.len()).map(|_| LayerCache::new(device, heads, ctx, kind)).collect::<kernels::Result<Vec<_>>>()?;
         let inputs = Inputs::new(device, &forms, batch, widest(h))?;
+        let (state, top, few) = (StepState::new(device, heads)?, Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
         let mut lengths = scratch_floats(h, batch).into_iter();
         let mut next = || device.allocate("scratch", 4 * lengths.next().unwrap_or(0));
         let scratch = Scratch {
@@ -157,7 +180,6 @@ impl<'m> GpuDecoder<'m> {
             gate: next()?,
             up: next()?,
             logits: next()?,
-            partial: next()?,
             cos: next()?,
             sin: next()?,
             q_scales: next()?,
@@ -180,6 +202,9 @@ impl<'m> GpuDecoder<'m> {
             cache,
             inputs,
             scratch,
+            state,
+            top,
+            few,
             batch,
             capacity: ctx,
             len: 0,
@@ -226,12 +251,31 @@ impl<'m> GpuDecoder<'m> {
         let first_wanted = first_wanted(self.model, self.len, self.capacity, tokens, want)?;
         self.logits.clear();
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
-            self.run_batch(pool, batch, first_wanted.saturating_sub(i * self.batch))?;
+            let from = first_wanted.saturating_sub(i * self.batch);
+            let head = if from < batch.len() { Head::Logits } else { Head::Nothing };
+            let made = self.run_layers(pool, batch, head)?;
+            self.read_logits(batch.len(), from, made)?;
         }
         Ok(&self.logits)
     }
 
-    fn run_batch(&mut self, pool: &Pool, tokens: &[u32], from: usize) -> Result<()> {
+    /// As `forward`, but only the `k` likeliest tokens after the last one, likeliest first, with their logits. None, and
+    /// nothing was done: so many cannot be told, or not of so many tokens.
+    pub fn forward_top(&mut self, pool: &Pool, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
+        if k > MOST_TOP || tokens.len() > FEW || self.few.is_none() {
+            return Ok(None);
+        }
+        first_wanted(self.model, self.len, self.capacity, tokens, Want::Last)?;
+        self.run_layers(pool, tokens, Head::Top)?;
+        let top = self.top.read(k)?;
+        match top.iter().all(|t| t.1.is_finite()) {
+            true => Ok(Some(top)),
+            false => Err(Error::NotFinite { position: self.len - 1 }),
+        }
+    }
+
+    /// Appends the tokens to the cache; true: what `head` asks for was made of them on the way.
+    fn run_layers(&mut self, pool: &Pool, tokens: &[u32], head: Head) -> Result<bool> {
         let h = self.model.hparams();
         let (n, hidden, ffn) = (tokens.len(), h.hidden as usize, h.ffn as usize);
         self.send(tokens)?;
@@ -247,25 +291,43 @@ impl<'m> GpuDecoder<'m> {
             self.x.copy_from_slice(&host.scratch.x[..n * hidden]);
         }
         s.x.write_floats(&self.x)?;
-        let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
         let window = h.sliding_window.map_or(usize::MAX, |w| w as usize);
+        let n_splits = splits(self.len, n, window);
+        let pairs = self.frequencies.len();
+        if n <= FEW {
+            self.state.begin(self.len)?;
+        }
+        let few = self.few.as_mut().filter(|_| n <= FEW);
+        let stepped = few.is_some();
+        if let Some(few) = few {
+            let parts = Parts {
+                h,
+                device: d,
+                layers: &self.layers,
+                cache: &mut self.cache,
+                output_norm: &self.output_norm,
+                output: &self.output,
+                scratch: s,
+                state: &self.state,
+                top: &self.top,
+                pairs,
+                window,
+            };
+            few.run(Kind { n_tokens: n, n_splits, head }, parts)?;
+        }
+        let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
         let models = &self.model.layers[self.split.on_host..];
-        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models) {
+        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models).filter(|_| !stepped) {
             let job = |weights, out| Job { weights, out, add: false };
             self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
             let [q, k, v] = &s.qkv;
             matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], &self.inputs)?;
-            let rotation = Rotation {
-                biases: layer.biases.each_ref().map(Option::as_ref),
-                norms: layer.head_norms.each_ref().map(Option::as_ref),
-                eps,
-                pairs: self.frequencies.len(),
-                adjacent: h.arch.rope == RopeLayout::AdjacentPairs,
-                tables: Some([&s.cos, &s.sin]),
-                q_scales: h.query_temperature.is_some().then_some(&s.q_scales),
-            };
-            rotate(d, &rotation, [q, k, v], cache, self.len, n)?;
-            attention(d, cache, q, &s.attended, &s.partial, self.len, n, window)?;
+            if n <= FEW {
+                attention_step(d, &layer.rotation(h, s, pairs), [q, k, v], cache, &s.attended, &self.state, n, window, n_splits, None)?;
+            } else {
+                rotate(d, &layer.rotation(h, s, pairs), [q, k, v], cache, self.len, n)?;
+                attention(d, cache, q, &s.attended, self.len, n, window)?;
+            }
             self.inputs.fill(d, &s.attended, 0, n, attn_out, OnTheWay::Nothing, &[layer.output.form()])?;
             matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], &self.inputs)?;
 
@@ -277,26 +339,36 @@ impl<'m> GpuDecoder<'m> {
                 matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], &self.inputs)?;
             } else if let Some(host) = &mut self.host {
                 self.x.clear();
-                s.x.read_floats_into(n * hidden, &mut self.x)?;
+                s.x.read_floats_into(0, n * hidden, &mut self.x)?;
                 host.load(self.model, &self.x, n);
                 layers::feed_forward::run(&step, in_map, &mut host.scratch);
                 s.x.write_floats(&host.scratch.x[..n * hidden])?;
             }
         }
-        let first = self.len;
         self.len += n;
         if let Some(host) = &mut self.host {
             host.cache.advance(n);
         }
+        Ok(stepped)
+    }
+
+    /// Appends the logits of the last `n` tokens from `from` on; `made`: they are there.
+    fn read_logits(&mut self, n: usize, from: usize, made: bool) -> Result<()> {
+        let (h, s, d) = (self.model.hparams(), &self.scratch, &self.device);
+        let vocab = h.vocab as usize;
         for row in (from..n).step_by(LOGIT_ROWS.min(self.batch)) {
             let rows = LOGIT_ROWS.min(self.batch).min(n - row);
-            let norm = OnTheWay::Norm { weight: &self.output_norm, eps };
-            self.inputs.fill(d, &s.x, row, rows, hidden, norm, &[self.output.form()])?;
+            if made {
+                s.logits.read_floats_into(4 * row * vocab, rows * vocab, &mut self.logits)?;
+                continue;
+            }
+            let norm = OnTheWay::Norm { weight: &self.output_norm, eps: h.rms_eps };
+            self.inputs.fill(d, &s.x, row, rows, h.hidden as usize, norm, &[self.output.form()])?;
             matmul(d, &[Job { weights: &self.output, out: &s.logits, add: false }], &self.inputs)?;
-            s.logits.read_floats_into(rows * h.vocab as usize, &mut self.logits)?;
+            s.logits.read_floats_into(0, rows * vocab, &mut self.logits)?;
         }
-        if from < n && !self.logits[self.logits.len() - self.model.vocab()..].iter().all(|v| v.is_finite()) {
-            return Err(Error::NotFinite { position: first + n - 1 });
+        if from < n && !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
+            return Err(Error::NotFinite { position: self.len - 1 });
         }
         Ok(())
     }

@@ -6,41 +6,62 @@ pub(crate) mod experts;
 pub(crate) mod feed_forward;
 
 use crate::decoder::Step;
-use crate::model::Weight;
-use kernels::matmul::{Job, run_group};
+use crate::model::{Mlp, Weight};
+use kernels::matmul::activation::PANEL_MIN_TOKENS;
+use kernels::matmul::{Job, run_gated, run_group};
 use kernels::threads::Matrix;
 use kernels::{ActivationFormat, Activations, Pool, vecmath};
 
-/// Quantized activations, one buffer a format; a group of matmuls quantizes
-/// its input once for each format that its weights ask for.
+/// Quantized activations; a group of matmuls quantizes its input once for each
+/// format that its weights ask for.
 pub(crate) struct Quantized {
-    per_32: Activations,
-    per_256: Activations,
-    float: Activations,
+    inputs: Formats,
+    /// Of a gated network's second half, made while its first half reads `inputs`.
+    gated: Formats,
     /// What an observer is shown.
     observed: Vec<f32>,
 }
 
-impl Quantized {
-    pub fn new() -> Self {
-        Quantized {
+/// One buffer a format.
+struct Formats {
+    per_32: Activations,
+    per_256: Activations,
+    float: Activations,
+}
+
+impl Formats {
+    fn new() -> Self {
+        Formats {
             per_32: Activations::new(ActivationFormat::Q8Per32),
             per_256: Activations::new(ActivationFormat::Q8Per256),
             float: Activations::new(ActivationFormat::Float),
-            observed: Vec::new(),
         }
+    }
+
+    fn of(&mut self, format: ActivationFormat) -> &mut Activations {
+        match format {
+            ActivationFormat::Q8Per32 => &mut self.per_32,
+            ActivationFormat::Q8Per256 => &mut self.per_256,
+            ActivationFormat::Float => &mut self.float,
+        }
+    }
+}
+
+impl Quantized {
+    pub fn new() -> Self {
+        Quantized { inputs: Formats::new(), gated: Formats::new(), observed: Vec::new() }
+    }
+
+    /// Bytes for batches of `batch` tokens, matrices' inputs being `widest` values at most, those of a gated network's second half `ffn`.
+    pub fn bytes(batch: usize, widest: usize, ffn: usize) -> usize {
+        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float];
+        let bytes = |cols: usize| formats.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
+        bytes(widest) + bytes(ffn)
     }
 
     /// out = weights · x for each pair, in one parallel step a format, x being
     /// `n_tokens` rows of `cols` values that `produce` makes (a norm, say).
-    pub fn matmul(
-        &mut self,
-        step: &Step,
-        n_tokens: usize,
-        cols: usize,
-        produce: &(dyn Fn(usize, &mut [f32]) + Sync),
-        outs: &mut [(&Weight, &mut [f32])],
-    ) {
+    pub fn matmul(&mut self, step: &Step, n_tokens: usize, cols: usize, produce: &Produce, outs: &mut [(&Weight, &mut [f32])]) {
         let pool = step.pool;
         if let Some(observer) = step.observer {
             self.observed.resize(n_tokens * cols, 0.0);
@@ -48,19 +69,39 @@ impl Quantized {
             let (tensor, part) = outs[0].0.tensor();
             observer.lock().unwrap_or_else(|e| e.into_inner()).input(pool, tensor, part, &self.observed, cols);
         }
-        for acts in [&mut self.per_32, &mut self.per_256, &mut self.float] {
+        for acts in [&mut self.inputs.per_32, &mut self.inputs.per_256, &mut self.inputs.float] {
             let format = acts.format();
-            let mut jobs: Vec<Job> = outs
-                .iter_mut()
-                .filter(|(w, _)| w.plan().activation() == format)
-                .map(|(w, out)| Job { plan: w.plan(), weights: w.bytes(), out })
-                .collect();
+            let mut jobs: Vec<Job> = outs.iter_mut().filter(|(w, _)| w.plan().activation() == format).map(|(w, out)| job(w, out)).collect();
             if !jobs.is_empty() {
                 acts.fill(pool, n_tokens, cols, produce);
                 run_group(pool, &mut jobs, acts);
             }
         }
     }
+
+    /// out = Wdown · (silu(Wgate · x) · (Wup · x)), x as in `matmul`; `gate` and `up` have room for their products.
+    pub fn mlp(&mut self, step: &Step, n_tokens: usize, produce: &Produce, m: &Mlp, gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
+        let (hidden, ffn) = (m.gate.plan().cols(), m.gate.plan().rows());
+        let inputs = self.inputs.of(m.gate.plan().activation());
+        // An observer is shown what passes between the halves; few tokens' products are small.
+        if step.observer.is_none() && n_tokens >= PANEL_MIN_TOKENS && inputs.are_for(m.up.plan().kernel()) {
+            inputs.fill(step.pool, n_tokens, hidden, produce);
+            let gated = self.gated.of(m.down.plan().activation());
+            run_gated(step.pool, [&m.gate, &m.up].map(|w| (w.plan(), w.bytes())), inputs, gated);
+            return run_group(step.pool, &mut [job(&m.down, out)], gated);
+        }
+        let (gate, up) = (&mut gate[..n_tokens * ffn], &mut up[..n_tokens * ffn]);
+        self.matmul(step, n_tokens, hidden, produce, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
+        let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
+        self.matmul(step, n_tokens, ffn, &active, &mut [(&m.down, out)]);
+    }
+}
+
+/// Makes row t of a matmul's input.
+pub(crate) type Produce<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
+
+fn job<'a>(w: &'a Weight, out: &'a mut [f32]) -> Job<'a> {
+    Job { plan: w.plan(), weights: w.bytes(), out }
 }
 
 /// x += y, both tokens × `cols`, in parallel where there are many tokens.

@@ -92,6 +92,29 @@ impl Sampler {
             self.candidates.truncate(o.top_k);
         }
         self.candidates.sort_unstable_by(by_logit);
+        self.draw()
+    }
+
+    /// How many of the likeliest tokens decide the next one; None: all may.
+    pub fn needs_top(&self) -> Option<usize> {
+        let o = &self.options;
+        match (o.temperature == 0.0, o.top_k) {
+            _ if o.repeat_penalty != 1.0 => None,
+            (true, _) => Some(1),
+            (false, 0) => None,
+            (false, k) => Some(k),
+        }
+    }
+
+    /// As `sample`, of the tokens that `needs_top` asked for, likeliest first.
+    pub fn sample_top(&mut self, top: Vec<(u32, f32)>) -> u32 {
+        self.candidates = top;
+        if self.options.temperature == 0.0 { self.candidates.first().map_or(0, |c| c.0) } else { self.draw() }
+    }
+
+    /// From candidates in falling order.
+    fn draw(&mut self) -> u32 {
+        let o = self.options.clone();
         let mut p: Vec<f32> = self.candidates.iter().map(|c| c.1).collect();
         vecmath::softmax(&mut p);
         let mut cumulative = 0.0;

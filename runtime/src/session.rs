@@ -87,12 +87,24 @@ impl<'m> Session<'m> {
 
     /// Appends tokens and returns the last one's logits.
     pub fn feed(&mut self, pool: &Pool, tokens: &[u32]) -> Result<&[f32]> {
+        self.remember(tokens)?;
+        self.engine.forward(pool, tokens, Want::Last)
+    }
+
+    /// Appends tokens and draws the next one.
+    fn next(&mut self, pool: &Pool, tokens: &[u32], sampler: &mut Sampler) -> Result<u32> {
+        self.remember(tokens)?;
+        self.engine.sample(pool, tokens, sampler, &self.history)
+    }
+
+    /// Before `tokens` are run.
+    fn remember(&mut self, tokens: &[u32]) -> Result<()> {
         if let Some(reason) = self.prefetch.as_ref().and_then(Prefetch::error) {
             return Err(Error::Prefetch { reason });
         }
         self.engine.model().file().check_length()?;
         self.history.extend_from_slice(tokens);
-        self.engine.forward(pool, tokens, Want::Last)
+        Ok(())
     }
 
     /// Keeps what a new prompt shares with the past, so that only the rest is computed; returns the rest.
@@ -132,11 +144,10 @@ impl<'m> Session<'m> {
             decode: Duration::ZERO,
         };
         let start = Instant::now();
-        let mut logits = self.feed(pool, &rest)?.to_vec();
+        let mut id = self.next(pool, &rest, sampler)?;
         out.prefill = start.elapsed();
         let start = Instant::now();
         while out.ids.len() < n {
-            let id = sampler.sample(&logits, &self.history);
             if tokenizer.ends.contains(&id) {
                 out.finish = FinishReason::Stop;
                 break;
@@ -147,9 +158,7 @@ impl<'m> Session<'m> {
                 break;
             }
             if out.ids.len() < n {
-                logits.clear();
-                let next = self.feed(pool, &[id])?;
-                logits.extend_from_slice(next);
+                id = self.next(pool, &[id], sampler)?;
             }
         }
         out.decode = start.elapsed();

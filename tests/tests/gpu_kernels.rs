@@ -3,8 +3,11 @@
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
 use gguf::{BlockType, blocks};
-use kernels::cuda::{Buffer, CacheType, Device, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Rotation, WeightMatrix};
-use kernels::cuda::{attention, ceiling, matmul, partial_floats, rotate};
+use kernels::cuda::{
+    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepState, Then, Top,
+    WeightMatrix,
+};
+use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, matmul, rotate, splits};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
@@ -152,6 +155,112 @@ fn norms_are_applied_on_the_way() {
     }
 }
 
+/// A chain as a layer has it: normed input, a product added to the stream, normed again, gated, and on. Each launch's
+/// outputs are held against what the launch before it left, so that integers must be equal.
+#[test]
+fn a_step_quantizes_what_the_next_launch_takes() {
+    let eps = 1e-5;
+    for device in devices(&[false, true]) {
+        for (block, form) in Form::types().filter(|t| t.1.is_quantized()) {
+            for (hidden, ffn, tokens) in [(256, 256, 1), (768, 1280, 3), (544, 320, 8)] {
+                let round = |n: usize| n.next_multiple_of(block.block_len);
+                let (hidden, ffn) = (round(hidden), round(ffn));
+                let load = |rows, columns, seed| {
+                    let bytes = encoded(block, rows, columns, seed);
+                    (WeightMatrix::upload(&device, block, rows, columns, &bytes).unwrap(), bytes)
+                };
+                let (square, gate, up, down) = (load(hidden, hidden, 1), load(ffn, hidden, 2), load(ffn, hidden, 3), load(hidden, ffn, 4));
+                let norms = [weights(hidden, 8, 0), weights(hidden, 9, 0)];
+                let norms_at = norms.each_ref().map(|n| device.upload_floats("norm", n).unwrap());
+                let x = weights(tokens * hidden, 7, 13);
+                let stream = device.upload_floats("x", &x).unwrap();
+                let [a, b] = [ffn, ffn].map(|w| device.allocate("out", 4 * tokens * w).unwrap());
+                let mut onward = Onward::new(&device, &[form], hidden).unwrap();
+                let mut inner = Onward::new(&device, &[form], ffn).unwrap();
+                let forms = [form];
+                // The product with rows x, normed by `norm` or as they are, from integers of x · norm.
+                let product = |(_, bytes): &(WeightMatrix, Vec<u8>), rows, x: &[f32], columns: usize, norm: Option<&Vec<f32>>| {
+                    let weighted: Vec<f32> = x.iter().enumerate().map(|(i, v)| norm.map_or(*v, |n| v * n[i % columns])).collect();
+                    let (mut y, mut size) = truth(block, bytes, rows, &weighted, columns);
+                    for (t, x) in x.chunks_exact(columns).enumerate().filter(|_| norm.is_some()) {
+                        let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / columns as f64;
+                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+                        y[t * rows..(t + 1) * rows].iter_mut().chain(&mut size[t * rows..(t + 1) * rows]).for_each(|v| *v *= scale);
+                    }
+                    (y, size)
+                };
+                let hold = |what: &str, got: &[f32], (want, size): (Vec<f64>, Vec<f64>)| {
+                    for ((got, want), size) in got.iter().zip(&want).zip(&size) {
+                        let error = (f64::from(*got) - want).abs();
+                        assert!(
+                            error <= 6e-6 * size + 1e-6 * want.abs() + 1e-30,
+                            "{} {what} {tokens}: {got} instead of {want}",
+                            block.name
+                        );
+                    }
+                };
+                let mut read = Onward::new(&device, &[form], hidden).unwrap();
+                decode_begin(&device, &stream, tokens, hidden, Then { onward: &mut read, norm: Some(&norms_at[0]), forms: &forms })
+                    .unwrap();
+                // The stream plus a product with its own norm.
+                let jobs = [Job { weights: &square.0, out: &stream, add: true }];
+                decode_matmul(
+                    &device,
+                    &jobs,
+                    Product::Each,
+                    &read,
+                    eps,
+                    Some(Then { onward: &mut onward, norm: Some(&norms_at[1]), forms: &forms }),
+                )
+                .unwrap();
+                let (mut want, mut size) = product(&square, hidden, &x, hidden, Some(&norms[0]));
+                want.iter_mut().zip(&mut size).zip(&x).for_each(|((w, s), x)| (*w += f64::from(*x), *s += f64::from(x.abs())).0);
+                let x = stream.read_floats().unwrap();
+                hold("sum", &x, (want, size));
+                // Gated, with the second norm.
+                let jobs = [Job { weights: &gate.0, out: &a, add: false }, Job { weights: &up.0, out: &b, add: false }];
+                decode_matmul(&device, &jobs, Product::Gated, &onward, eps, Some(Then { onward: &mut inner, norm: None, forms: &forms }))
+                    .unwrap();
+                let (g, u) = (product(&gate, ffn, &x, hidden, Some(&norms[1])), product(&up, ffn, &x, hidden, Some(&norms[1])));
+                let silu = |g: f64| g / (1.0 + (-g).exp());
+                let want: Vec<f64> = g.0.iter().zip(&u.0).map(|(g, u)| silu(*g) * u).collect();
+                // Its slope is at most 1.1.
+                let size = (0..want.len()).map(|i| 1.1 * g.1[i] * u.0[i].abs() + u.1[i] * silu(g.0[i]).abs()).collect();
+                let gated = a.read_floats().unwrap();
+                hold("gated", &gated, (want, size));
+                // And what is made of that.
+                let out = device.allocate("out", 4 * tokens * hidden).unwrap();
+                decode_matmul(&device, &[Job { weights: &down.0, out: &out, add: false }], Product::Each, &inner, eps, None).unwrap();
+                hold("down", &out.read_floats().unwrap(), product(&down, hidden, &gated, ffn, None));
+            }
+        }
+    }
+}
+
+/// The likeliest tokens are those of a sort, the lower id first of two as likely; what is not a number is seen.
+#[test]
+fn the_likeliest_are_found() {
+    for device in devices(&[false, true]) {
+        for vocab in [5usize, 1024, 1025, 70_000] {
+            let mut logits: Vec<f32> = weights(2 * vocab, 3, 0);
+            logits.iter_mut().step_by(7).for_each(|v| *v = 0.25);
+            let at = device.upload_floats("logits", &logits).unwrap();
+            let top = Top::new(&device, vocab).unwrap();
+            for row in 0..2 {
+                top.find(&device, &at, row).unwrap();
+                let mut want: Vec<(u32, f32)> =
+                    logits[row * vocab..(row + 1) * vocab].iter().enumerate().map(|(i, v)| (i as u32, *v)).collect();
+                want.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                want.truncate(40);
+                assert_eq!(top.read(40).unwrap(), want, "{vocab} on {}", device.name());
+            }
+            logits[vocab / 2] = -f32::NAN;
+            top.find(&device, &device.upload_floats("logits", &logits).unwrap(), 0).unwrap();
+            assert!(top.read(1).unwrap()[0].1.is_nan());
+        }
+    }
+}
+
 /// n values as the cache stores and reads them.
 fn stored(kind: CacheType, x: &mut [f32]) {
     for x in x.chunks_mut(32) {
@@ -240,7 +349,13 @@ fn attention_case(device: &Device, c: &AttentionCase) {
     let (biases_at, norms_at) = (biases.iter().map(on_device).collect::<Vec<_>>(), norms.each_ref().map(on_device));
     let pairs = key_dim / 2 - 2;
     let frequencies: Vec<f64> = (0..pairs).map(|i| 1000f64.powf(-(i as f64) / pairs as f64)).collect();
-    let partial = device.allocate("partial", 4 * partial_floats(c.heads, 512)).unwrap();
+    let state = StepState::new(device, c.heads).unwrap();
+    let forms = [Form::Q8Per32, Form::Q8Per256];
+    let width = n_heads * value_dim;
+    let mut onward = Onward::new(device, &forms, width).unwrap();
+    // What a few tokens' attention becomes the input of.
+    let bytes = encoded(&blocks::Q8_0, 16, width.next_multiple_of(32), 3);
+    let next = width.is_multiple_of(32).then(|| WeightMatrix::upload(device, &blocks::Q8_0, 16, width, &bytes).unwrap());
     // [position][kv head][dim], as stored.
     let (mut keys, mut values): (Vec<f32>, Vec<f32>) = (vec![], vec![]);
     let mut first = 0;
@@ -266,9 +381,27 @@ fn attention_case(device: &Device, c: &AttentionCase) {
             tables: Some([&cos_at, &sin_at]),
             q_scales: Some(&scales_at),
         };
-        rotate(device, &rotation, [&at[0], &at[1], &at[2]], &mut cache, first, n).unwrap();
-        let out = device.allocate("out", 4 * n * n_heads * value_dim).unwrap();
-        attention(device, &cache, &at[0], &out, &partial, first, n, c.window).unwrap();
+        let qkv = [&at[0], &at[1], &at[2]];
+        let out = device.allocate("out", 4 * n * width).unwrap();
+        if n > FEW {
+            rotate(device, &rotation, qkv, &mut cache, first, n).unwrap();
+            attention(device, &cache, &at[0], &out, first, n, c.window).unwrap();
+        } else {
+            state.begin(first).unwrap();
+            // As many blocks as a longer context would have, too.
+            for n_splits in [splits(first, n, c.window), 3] {
+                let then = Then { onward: &mut onward, norm: None, forms: &forms };
+                attention_step(device, &rotation, qkv, &mut cache, &out, &state, n, c.window, n_splits, Some(then)).unwrap();
+                let Some(next) = &next else { continue };
+                let product = device.allocate("product", 4 * n * 16).unwrap();
+                let job = Job { weights: next, out: &product, add: false };
+                decode_matmul(device, &[job], Product::Each, &onward, 0.0, None).unwrap();
+                let (want, scale) = truth(&blocks::Q8_0, &bytes, 16, &out.read_floats().unwrap(), width);
+                for ((got, want), scale) in product.read_floats().unwrap().iter().zip(&want).zip(&scale) {
+                    assert!((f64::from(*got) - want).abs() <= 4e-6 * scale + 1e-30, "{n_splits} splits: {got} instead of {want}");
+                }
+            }
+        }
 
         let mut table = RopeTable::default();
         table.fill(first..first + n, &frequencies, 1.0);
@@ -347,16 +480,18 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
     /// Registers of a multiprocessor, on every architecture that is built for.
     const REGISTERS: usize = 65_536;
     /// Threads of a block, and blocks that must fit beside each other.
-    const BLOCKS: [(&str, usize, usize); 10] = [
+    const BLOCKS: [(&str, usize, usize); 12] = [
         ("matmul_8", 256, 2),
         ("matmul_16", 256, 1),
         ("matmul_32", 256, 1),
         ("matmul_64", 256, 1),
         ("attention_many_64", 128, 4),
-        ("attention_few_64", 128, 4),
+        ("attention_step_64", 128, 4),
         ("attention_many_128", 128, 2),
-        ("attention_few_128", 128, 3),
-        ("attention_merge", 128, 12),
+        ("attention_step_128", 128, 3),
+        ("decode_matmul", 256, 2),
+        ("decode_gated", 256, 2),
+        ("top", 256, 4),
         ("ceiling_read", 256, 4),
     ];
     let report = kernels::cuda::ptxas_report();

@@ -46,6 +46,26 @@ fn logits_are_the_cpus() {
     }
 }
 
+/// A step of few tokens is five launches a layer, the first and the last; from its second time on, one replay.
+#[test]
+fn a_step_is_five_launches_a_layer_and_then_one() {
+    let folder = Folder::new("gpu-launches");
+    let model = Model::open(&convert(&demo(), "Q4_K_M", &folder)).unwrap();
+    let layers = model.hparams().n_layers;
+    for device in devices(&[false]) {
+        let (mut decoder, pool) = (GpuDecoder::new(&model, &device, 64, KvType::F16, Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
+        decoder.forward(&pool, &[1, 2, 3], Want::Last).unwrap();
+        let mut steps = vec![];
+        for token in 4..8 {
+            let before = device.launches();
+            decoder.forward(&pool, &[token], Want::Last).unwrap();
+            steps.push(device.launches() - before);
+        }
+        // The second time it is captured too.
+        assert_eq!(steps, [5 * layers + 2, 5 * layers + 3, 1, 1], "{}", device.name());
+    }
+}
+
 /// Every fixture's wiring (biases, head norms, YaRN, tied heads, windows, experts on the host), in F16, whole and
 /// with the first layer on the host.
 #[test]

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <ucontext.h>
+#include <vector>
 
 namespace grist_host {
 
@@ -21,6 +22,13 @@ struct Fiber {
     Waits waits;
 };
 static Fiber fibers[MOST_THREADS];
+struct Copy {
+    void *to;
+    const void *from;
+    unsigned group;
+};
+static std::vector<Copy> copies[MOST_THREADS];
+static unsigned committed[MOST_THREADS];
 static Lane slots[MOST_THREADS];
 static unsigned current;
 static jmp_buf scheduler;
@@ -49,6 +57,15 @@ static void wait(Waits what) {
 void wait_for_block() { wait(FOR_BLOCK); }
 void wait_for_warp() { wait(FOR_WARP); }
 
+void copy_async(void *to, const void *from) { copies[current].push_back({to, from, committed[current]}); }
+void commit_copies() { committed[current]++; }
+void wait_for_copies(unsigned groups) {
+    std::vector<Copy> &all = copies[current];
+    size_t n = 0;
+    for (; n < all.size() && all[n].group + groups < committed[current]; n++) memcpy(all[n].to, all[n].from, 16);
+    all.erase(all.begin(), all.begin() + long(n));
+}
+
 static void begin_fiber() {
     kernel(kernel_args);
     fibers[current].done = true;
@@ -75,7 +92,7 @@ static void resume(unsigned i) {
 static bool run_block(bool reversed) {
     const unsigned n = block_dim.x;
     memset(shared_memory, 0xff, sizeof shared_memory);
-    for (unsigned i = 0; i < n; i++) fibers[i].started = fibers[i].done = false, fibers[i].waits = FOR_NOTHING;
+    for (unsigned i = 0; i < n; i++) fibers[i].started = fibers[i].done = false, fibers[i].waits = FOR_NOTHING, copies[i].clear(), committed[i] = 0;
     for (;;) {
         bool moved = false;
         for (unsigned w = 0; w < n; w += 32) {

@@ -45,6 +45,11 @@ struct Lane {
 Lane *lanes();
 unsigned lane();
 
+// Of this fiber: copies are made when they are waited for, not before.
+void copy_async(void *to, const void *from);
+void commit_copies();
+void wait_for_copies(unsigned groups);
+
 struct Register {
     Register(const char *name, void (*run)(const void *));
 };
@@ -136,6 +141,7 @@ inline int __float_as_int(float f) {
     return i;
 }
 template <class T> T __ldg(const T *at) { return *at; }
+template <class T> T __ldcg(const T *at) { return *at; }
 using std::fmaxf;
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
@@ -182,3 +188,8 @@ inline void load_transposed(uint32_t (&r)[4], const void *row) {
 }
 
 inline uint4 load_once(const void *at) { return *(const uint4 *)at; }
+
+inline void copy_async(void *to, const void *from) { grist_host::copy_async(to, from); }
+inline void commit_copies() { grist_host::commit_copies(); }
+template <int N> void wait_for_copies() { grist_host::wait_for_copies(N); }
+inline void prefetch(const void *) {}

@@ -19,7 +19,7 @@ use crate::vecmath::exp;
 use std::cell::RefCell;
 
 /// Positions in a tile.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// Query rows of the register tile.
 const ROWS: usize = 6;
 type Lanes = [f32; 16];
@@ -123,7 +123,7 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
 
 /// positions × stride → dimensions × TILE; positions beyond `n` repeat old ones and are masked later.
 #[inline(always)]
-fn turn<I: Isa>(isa: I, k: &[f32], stride: usize, n: usize, out: &mut [f32]) {
+pub(super) fn turn<I: Isa>(isa: I, k: &[f32], stride: usize, n: usize, out: &mut [f32]) {
     for p in (0..n).step_by(16) {
         for d in (0..stride).step_by(16) {
             let rows = isa.transpose_floats(each!(16, |i| k[(p + i) * stride + d..].first_chunk().expect("a padded row")));
@@ -163,7 +163,7 @@ fn score<I: Isa, const R: usize, const T: usize>(isa: I, q: &[f32], stride: usiz
 
 /// Scores to e^(score − max); returns (what older sums are multiplied with, max, total).
 #[inline(always)]
-fn soften(s: &mut [f32], old_max: f32, old_total: f32) -> (f32, f32, f32) {
+pub(super) fn soften(s: &mut [f32], old_max: f32, old_total: f32) -> (f32, f32, f32) {
     let (chunks, _) = s.as_chunks_mut::<16>();
     let mut peaks: Lanes = [f32::NEG_INFINITY; 16];
     for c in chunks.iter() {

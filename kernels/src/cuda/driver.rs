@@ -1,7 +1,7 @@
 //! A GPU through its driver, which is looked for when one is asked for: the
 //! same binary runs where there is none.
 
-use super::{Address, Gpu, MOST_SHARED, Shape};
+use super::{Address, Gpu, GraphId, MOST_SHARED, Shape};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -167,6 +167,38 @@ impl Gpu for Driver {
         // SAFETY: one parameter, the kernel's struct, by the caller; the driver copies it before it returns.
         unsafe { result::launch_kernel(f, (x, y, z), (shape.threads, 1, 1), shape.shared, self.stream, &mut parameters) }
             .map_err(failed(kernel))
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.enter()?;
+        // Of this thread only: others may load a model meanwhile.
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives until `drop`.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("capture"))
+    }
+
+    fn end_capture(&self) -> Result<GraphId> {
+        self.enter()?;
+        // SAFETY: as above; the graph is not used after it is instantiated.
+        unsafe {
+            let graph = result::stream::end_capture(self.stream).map_err(failed("capture"))?;
+            let ready = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0));
+            let _ = result::graph::destroy(graph);
+            ready.map(|g| g as GraphId).map_err(failed("capture"))
+        }
+    }
+
+    unsafe fn replay(&self, graph: GraphId) -> Result<()> {
+        self.enter()?;
+        // SAFETY: from `end_capture`, by the caller.
+        unsafe { result::graph::launch(graph as sys::CUgraphExec, self.stream) }.map_err(failed("replay"))
+    }
+
+    fn forget(&self, graph: GraphId) {
+        if self.enter().is_ok() {
+            // SAFETY: from `end_capture`, and not used any more; the driver lets a running one end first.
+            let _ = unsafe { result::graph::exec_destroy(graph as sys::CUgraphExec) };
+        }
     }
 
     fn wait(&self) -> Result<()> {

@@ -2,13 +2,64 @@
 //! `cuda/host/device.h`. An allocation ends at a page that cannot be touched,
 //! so that a kernel which runs past its end dies there.
 
-use super::{Address, Gpu, Shape};
+use super::{Address, Gpu, GraphId, Shape};
 use crate::error::{Error, Result};
+use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::sync::Mutex;
 
 pub struct Host {
     /// Threads and blocks run last to first.
-    pub reversed: bool,
+    reversed: bool,
+    captured: Mutex<Captured>,
+}
+
+struct Launch {
+    kernel: &'static str,
+    shape: Shape,
+    args: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Captured {
+    /// While a graph is captured.
+    now: Option<Vec<Launch>>,
+    graphs: HashMap<GraphId, Vec<Launch>>,
+    made: GraphId,
+}
+
+impl Host {
+    pub fn new(reversed: bool) -> Host {
+        Host { reversed, captured: Mutex::default() }
+    }
+
+    fn captured(&self) -> std::sync::MutexGuard<'_, Captured> {
+        self.captured.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// # Safety
+    /// As of `Gpu::launch`.
+    unsafe fn run(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()> {
+        let name = CString::new(kernel).map_err(|e| Error::Gpu { what: kernel, cause: e.to_string() })?;
+        // SAFETY: by the caller; the shape is checked on the other side.
+        let done = unsafe {
+            grist_host_launch(
+                name.as_ptr(),
+                shape.grid.as_ptr(),
+                shape.threads,
+                shape.shared,
+                args.as_ptr().cast(),
+                c_int::from(self.reversed),
+            )
+        };
+        let cause = match done {
+            0 => return Ok(()),
+            1 => "no such kernel",
+            2 => "its threads wait for each other for ever",
+            _ => "a launch that no GPU takes",
+        };
+        Err(Error::Gpu { what: kernel, cause: cause.into() })
+    }
 }
 
 unsafe extern "C" {
@@ -79,25 +130,39 @@ impl Gpu for Host {
     }
 
     unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()> {
-        let name = CString::new(kernel).map_err(|e| Error::Gpu { what: kernel, cause: e.to_string() })?;
-        // SAFETY: by the caller; the shape is checked on the other side.
-        let done = unsafe {
-            grist_host_launch(
-                name.as_ptr(),
-                shape.grid.as_ptr(),
-                shape.threads,
-                shape.shared,
-                args.as_ptr().cast(),
-                c_int::from(self.reversed),
-            )
-        };
-        let cause = match done {
-            0 => return Ok(()),
-            1 => "no such kernel",
-            2 => "its threads wait for each other for ever",
-            _ => "a launch that no GPU takes",
-        };
-        Err(Error::Gpu { what: kernel, cause: cause.into() })
+        if let Some(now) = &mut self.captured().now {
+            now.push(Launch { kernel, shape, args: args.to_vec() });
+            return Ok(());
+        }
+        // SAFETY: by the caller.
+        unsafe { self.run(kernel, shape, args) }
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.captured().now = Some(vec![]);
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<GraphId> {
+        let mut c = self.captured();
+        let launches = c.now.take().ok_or(Error::Gpu { what: "capture", cause: "none was begun".into() })?;
+        c.made += 1;
+        let id = c.made;
+        c.graphs.insert(id, launches);
+        Ok(id)
+    }
+
+    unsafe fn replay(&self, graph: GraphId) -> Result<()> {
+        let c = self.captured();
+        for l in c.graphs.get(&graph).into_iter().flatten() {
+            // SAFETY: by the caller.
+            unsafe { self.run(l.kernel, l.shape, &l.args) }?;
+        }
+        Ok(())
+    }
+
+    fn forget(&self, graph: GraphId) {
+        self.captured().graphs.remove(&graph);
     }
 
     fn wait(&self) -> Result<()> {

@@ -14,20 +14,35 @@ pub struct Job<'a> {
 }
 
 /// Matrices of a launch.
-const GROUP: usize = 3;
+pub(super) const GROUP: usize = 3;
 /// Warps of a block.
-const WARPS: usize = 8;
+pub(super) const WARPS: usize = 8;
 
 /// `struct Matrix`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Matrix {
+pub(super) struct Matrix {
     chunks: Address,
     out: Address,
     rows: u32,
     stride: u32,
     kind: u32,
     add: u32,
+}
+
+impl Job<'_> {
+    pub(super) fn matrix(&self, x: &Inputs) -> Matrix {
+        let w = self.weights;
+        assert!(w.columns == x.columns && x.holds(w.form()), "inputs of {} columns in {:?}", w.columns, w.form());
+        Matrix {
+            chunks: w.chunks.part(0, WeightMatrix::bytes_for(w.block, w.rows, w.columns) as usize),
+            out: self.out.part(0, 4 * x.n_tokens * w.rows),
+            rows: w.rows as u32,
+            stride: w.rows as u32,
+            kind: w.block.id,
+            add: u32::from(self.add),
+        }
+    }
 }
 
 /// `struct MatmulArgs`.
@@ -41,16 +56,33 @@ struct Args {
     padding: u32,
 }
 
-/// A kernel by the tokens that a block multiplies with: name, tokens, warps that share a row tile.
-const VARIANTS: [(&str, usize, usize); 4] = [("matmul_8", 8, 8), ("matmul_16", 16, 8), ("matmul_32", 32, 4), ("matmul_64", 64, 2)];
+/// A kernel by the tokens that a block multiplies with.
+struct Variant {
+    name: &'static str,
+    tokens: usize,
+    /// Row tiles of a block, which are of one matrix if `apart`.
+    tiles: usize,
+    apart: bool,
+    shared: usize,
+}
 
-fn variant(n_tokens: usize) -> (&'static str, usize, usize) {
-    *VARIANTS.iter().find(|v| n_tokens <= v.1).unwrap_or(&VARIANTS[VARIANTS.len() - 1])
+/// Warps of a block that share a row tile leave their sums for each other.
+const fn split(name: &'static str, tokens: usize, warps: usize) -> Variant {
+    Variant { name, tokens, tiles: WARPS / warps, apart: false, shared: WARPS * tokens / 8 * 4 * 32 * 4 }
+}
+
+/// Two slabs of 8 blocks of activations.
+const STAGED: Variant = Variant { name: "matmul_64", tokens: 64, tiles: WARPS, apart: true, shared: 2 * 8 * 4096 };
+
+const VARIANTS: [Variant; 4] = [split("matmul_8", 8, 8), split("matmul_16", 16, 8), split("matmul_32", 32, 4), STAGED];
+
+fn variant(n_tokens: usize) -> &'static Variant {
+    VARIANTS.iter().find(|v| n_tokens <= v.tokens).unwrap_or(&VARIANTS[VARIANTS.len() - 1])
 }
 
 /// Tokens that a launch reads the inputs of, of which the last ones may be nobody's.
 pub(super) fn padded_tokens(n_tokens: usize) -> usize {
-    n_tokens.next_multiple_of(variant(n_tokens).1)
+    n_tokens.next_multiple_of(variant(n_tokens).tokens)
 }
 
 /// out = weights · inputs for each job, at most three.
@@ -58,18 +90,9 @@ pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
     assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens > 0);
     let mut matrices = [Matrix::default(); GROUP];
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        let w = job.weights;
-        assert!(w.columns == x.columns && x.holds(w.form()), "inputs of {} columns in {:?}", w.columns, w.form());
-        *m = Matrix {
-            chunks: w.chunks.part(0, WeightMatrix::bytes_for(w.block, w.rows, w.columns) as usize),
-            out: job.out.part(0, 4 * x.n_tokens * w.rows),
-            rows: w.rows as u32,
-            stride: w.rows as u32,
-            kind: w.block.id,
-            add: u32::from(job.add),
-        };
+        *m = job.matrix(x);
     }
-    let (name, tokens, split) = variant(x.n_tokens);
+    let v = variant(x.n_tokens);
     let args = Args {
         matrices,
         forms: FORMS.map(|f| x.address(f)),
@@ -78,13 +101,11 @@ pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
         n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
         padding: 0,
     };
-    let tiles: usize = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS)).sum();
-    let shape = Shape {
-        grid: [tiles.div_ceil(WARPS / split) as u32, x.n_tokens.div_ceil(tokens) as u32, 1],
-        threads: 32 * WARPS as u32,
-        shared: (WARPS * tokens / 8 * 4 * 32 * 4) as u32,
-    };
+    let tiles = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS));
+    let blocks = if v.apart { tiles.map(|t| t.div_ceil(v.tiles)).sum() } else { tiles.sum::<usize>().div_ceil(v.tiles) };
+    let shape =
+        Shape { grid: [blocks as u32, x.n_tokens.div_ceil(v.tokens) as u32, 1], threads: 32 * WARPS as u32, shared: v.shared as u32 };
     // SAFETY: MatmulArgs; weights and outputs were checked by `part`, and `Inputs` has room for
     // `padded_tokens`, which is what the grid's blocks read.
-    unsafe { device.launch(name, shape, &args) }
+    unsafe { device.launch(v.name, shape, &args) }
 }

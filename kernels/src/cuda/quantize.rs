@@ -45,6 +45,10 @@ impl Form {
         TABLE.iter().copied()
     }
 
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Form::Q8Per32 | Form::Q8Per256)
+    }
+
     /// Bytes of 8 tokens × 256 columns: `struct ActivationBlock`, `struct HalfBlock`.
     fn block_bytes(self) -> usize {
         match self {
@@ -120,6 +124,14 @@ impl Inputs {
         self.filled[form.index()]
     }
 
+    /// Says what a launch will leave here.
+    pub(super) fn hold(&mut self, n_tokens: usize, columns: usize, forms: &[Form]) {
+        assert!(n_tokens > 0 && n_tokens <= self.max_tokens && columns > 0 && columns <= self.max_columns);
+        assert!(forms.iter().all(|f| self.address(*f) != 0), "no room for {forms:?}");
+        (self.n_tokens, self.columns) = (n_tokens, columns);
+        self.filled = FORMS.map(|f| forms.contains(&f));
+    }
+
     /// Takes `x`, rows of `columns` floats, from row `first` on `n_tokens` of them, in each of `forms`.
     pub fn fill(
         &mut self,
@@ -131,10 +143,7 @@ impl Inputs {
         on_the_way: OnTheWay<'_>,
         forms: &[Form],
     ) -> Result<()> {
-        assert!(n_tokens > 0 && n_tokens <= self.max_tokens && columns > 0 && columns <= self.max_columns);
-        assert!(forms.iter().all(|f| self.address(*f) != 0), "no room for {forms:?}");
-        (self.n_tokens, self.columns) = (n_tokens, columns);
-        self.filled = FORMS.map(|f| forms.contains(&f));
+        self.hold(n_tokens, columns, forms);
         let (norm, up, eps) = match on_the_way {
             OnTheWay::Nothing => (0, 0, 0.0),
             OnTheWay::Norm { weight, eps } => (weight.part(0, 4 * columns), 0, eps),

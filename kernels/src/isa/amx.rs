@@ -7,10 +7,10 @@
 //! ```
 //!
 //! SAFETY of every block in this file: by each function's contract the CPU
-//! has AMX with int8 and the system has granted it; loads and stores stay in
+//! has AMX with int8 and bfloats and the system has granted it; loads and stores stay in
 //! the arrays they are given.
 
-use super::{Lanes, MatrixDepth, MatrixQuants, MatrixSums};
+use super::{Bfloats, FloatSums, Lanes, MatrixDepth, MatrixQuants, MatrixSums};
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
@@ -19,8 +19,8 @@ use std::sync::OnceLock;
 pub fn is_available() -> bool {
     static GRANTED: OnceLock<bool> = OnceLock::new();
     *GRANTED.get_or_init(|| {
-        /// Leaf 7: AMX-TILE and AMX-INT8.
-        const BITS: u32 = 1 << 24 | 1 << 25;
+        /// Leaf 7: AMX-BF16, AMX-TILE and AMX-INT8.
+        const BITS: u32 = 1 << 22 | 1 << 24 | 1 << 25;
         __cpuid_count(7, 0).edx & BITS == BITS && granted()
     })
 }
@@ -157,6 +157,59 @@ pub unsafe fn blocks<const Q: usize>(x: &MatrixQuants, w: &[Lanes; 64], out: &mu
     }
 }
 
+/// `Isa::tile_bfloats`.
+///
+/// # Safety
+/// AMX, configured for 64 columns.
+#[inline(always)]
+pub unsafe fn bfloats(a: &[Bfloats], b: &[[Bfloats; 4]], out: &mut [FloatSums; 4]) {
+    // SAFETY: registers only.
+    unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags)) }
+    for (a, b) in a.iter().zip(b) {
+        // Two column tiles at a time: a product takes three times as long as it keeps the unit busy.
+        macro_rules! two_columns {
+            ($c:literal, $d:literal, $b:expr) => {
+                asm!(
+                    "tileloadd tmm6, [{b} + {row}*1]",
+                    "tileloadd tmm7, [{b} + {row}*1 + 2048]",
+                    concat!("tdpbf16ps ", $c, ", tmm4, tmm6"),
+                    concat!("tdpbf16ps ", $d, ", tmm4, tmm7"),
+                    concat!("tdpbf16ps ", $c, ", tmm5, tmm6"),
+                    concat!("tdpbf16ps ", $d, ", tmm5, tmm7"),
+                    "tileloadd tmm6, [{b} + {row}*1 + 1024]",
+                    "tileloadd tmm7, [{b} + {row}*1 + 3072]",
+                    concat!("tdpbf16ps ", $c, ", tmm4, tmm6"),
+                    concat!("tdpbf16ps ", $d, ", tmm4, tmm7"),
+                    b = in(reg) $b, row = in(reg) 64usize,
+                    options(readonly, nostack, preserves_flags)
+                )
+            };
+        }
+        // SAFETY: reads the 2 KiB of `a` and the 8 KiB of `b`, whose parts and columns follow each other.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{a} + {row}*1]",
+                "tileloadd tmm5, [{a} + {row}*1 + 1024]",
+                a = in(reg) a, row = in(reg) 64usize,
+                options(readonly, nostack, preserves_flags)
+            );
+            two_columns!("tmm0", "tmm1", &b[0]);
+            two_columns!("tmm2", "tmm3", &b[2]);
+        }
+    }
+    // SAFETY: writes 4 KiB.
+    unsafe {
+        asm!(
+            "tilestored [{out} + {row}*1], tmm0",
+            "tilestored [{out} + {row}*1 + 1024], tmm1",
+            "tilestored [{out} + {row}*1 + 2048], tmm2",
+            "tilestored [{out} + {row}*1 + 3072], tmm3",
+            out = in(reg) out, row = in(reg) 64usize,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Isa;
@@ -205,5 +258,43 @@ mod tests {
         assert!(blocks(amx, &x[0], &low).iter().zip(&blocks(scalar, &x[0], &low)).all(|(a, b)| a.0 == b.0));
         let scale = low[0].map(|v| (v & 0xff) * 0x1_0001);
         assert_eq!(amx.digits(&high[0], &scale, 32), scalar.digits(&high[0], &scale, 32));
+    }
+
+    /// Of small integers, whose sums are exact in any order; and parts of a float make it up again.
+    #[test]
+    fn products_of_bfloats_are_their_definition() {
+        let Some(amx) = <Amx as Isa>::detect() else { return println!("skipped: no AMX here") };
+        let mut state = 1u32;
+        let mut operand = || {
+            let mut out = Bfloats::ZERO;
+            for i in 0..16 {
+                let mut row = || -> [f32; 16] {
+                    std::array::from_fn(|_| {
+                        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                        ((state >> 20) as i32 - 2048) as f32
+                    })
+                };
+                out.put(i, &row(), &row());
+            }
+            out
+        };
+        let a: Vec<Bfloats> = (0..3).map(|_| operand()).collect();
+        let b: Vec<[Bfloats; 4]> = (0..3).map(|_| std::array::from_fn(|_| operand())).collect();
+        let (mut got, mut want) = ([FloatSums([[0.0; 16]; 16]); 4], [FloatSums([[0.0; 16]; 16]); 4]);
+        amx.begin_tiles(MatrixDepth::Columns64);
+        amx.tile_bfloats(&a, &b, &mut got);
+        amx.end_tiles();
+        Scalar::detect().expect("every CPU has it").tile_bfloats(&a, &b, &mut want);
+        for (got, want) in got.iter().zip(&want) {
+            for (got, want) in got.0.as_flattened().iter().zip(want.0.as_flattened()) {
+                assert!((got - want).abs() <= 1e-6 * 96.0 * 2048.0 * 2048.0, "{got} instead of {want}");
+            }
+        }
+        let mut x = Bfloats::ZERO;
+        x.put(3, &[1.234_567_9; 16], &[-7.7e-3; 16]);
+        let parts = |shift: u32| {
+            f64::from(f32::from_bits(x.0[0][3][5] << shift & 0xffff_0000)) + f64::from(f32::from_bits(x.0[1][3][5] << shift & 0xffff_0000))
+        };
+        assert!((parts(16) - 1.234_567_9).abs() < 2e-5 && (parts(0) + 7.7e-3).abs() < 1e-7);
     }
 }

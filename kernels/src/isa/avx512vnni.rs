@@ -6,7 +6,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, MatrixDepth, MatrixQuants, MatrixSums, Op, TileShape, TokenDwords, amx, isa_token};
+use super::{Bfloats, FloatSums, Isa, Lanes, MatrixDepth, MatrixQuants, MatrixSums, Op, TileShape, TokenDwords, amx, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -450,6 +450,14 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         if AMX {
             // SAFETY: AMX, by the token.
             unsafe { amx::blocks::<Q>(x, w, out) }
+        }
+    }
+
+    #[inline(always)]
+    fn tile_bfloats(self, a: &[Bfloats], b: &[[Bfloats; 4]], out: &mut [FloatSums; 4]) {
+        if AMX {
+            // SAFETY: AMX, by the token.
+            unsafe { amx::bfloats(a, b, out) }
         }
     }
 

@@ -16,6 +16,7 @@ use super::panel::{FloatBlock, MatrixBlock, QuantizedBlock, SLAB};
 use crate::isa::{self, GROUP, Isa, MATRIX_TOKENS, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use std::cell::RefCell;
+use std::ops::Range;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationFormat {
@@ -38,6 +39,10 @@ impl ActivationFormat {
 
 /// From so many tokens on, unpacking weights into panels pays (measured: see ARCHITECTURE.md).
 pub const PANEL_MIN_TOKENS: usize = 8;
+
+/// Tokens that are whole groups in every layout.
+pub(super) const TOKENS_STEP: usize = 48;
+const _: () = assert!(TOKENS_STEP.is_multiple_of(GROUP) && TOKENS_STEP.is_multiple_of(MATRIX_TOKENS));
 
 /// The quantized rows of a batch of tokens. Reused from step to step.
 #[derive(Debug)]
@@ -77,6 +82,8 @@ pub struct ActivationRow<'a> {
 thread_local! {
     /// One row as floats, while it is quantized.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// What a slab's rows are produced from.
+    static PREPARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Activations {
@@ -159,17 +166,38 @@ impl Activations {
     /// by `produce` (so that a norm or an activation function is applied on
     /// the way and never stored), in parallel where there are many.
     pub fn fill(&mut self, pool: &Pool, n_tokens: usize, cols: usize, produce: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        (self.cols, self.n_tokens, self.padded) = (cols, n_tokens, cols.next_multiple_of(SLAB));
-        let (slabs, groups, format) = (self.padded / SLAB, self.n_groups(), self.format);
+        self.set_shape(n_tokens, cols);
         if !self.in_panels() {
             return self.fill_rows(produce);
         }
         // A task makes one group's column of blocks.
-        match (format, self.for_matrix_tiles) {
-            (ActivationFormat::Float, _) => fill_blocks(&mut self.float_blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
-            (_, true) => fill_blocks(&mut self.matrix_blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
-            (_, false) => fill_blocks(&mut self.blocks, pool, (slabs, groups), n_tokens, cols, format, produce),
+        let f = Fill { format: self.format, n_tokens, cols, groups: self.n_groups() };
+        match (f.format, self.for_matrix_tiles) {
+            (ActivationFormat::Float, _) => f.by_group(&mut self.float_blocks, pool, produce),
+            (_, true) => f.by_group(&mut self.matrix_blocks, pool, produce),
+            (_, false) => f.by_group(&mut self.blocks, pool, produce),
         }
+    }
+
+    /// As `fill`, of many tokens, in tasks of 256 columns and `tokens_a_task` tokens (a multiple of [`TOKENS_STEP`], or all):
+    /// `prepare(tokens, columns, scratch)` makes what `produce(scratch, t, row)` then takes those columns of its token t from.
+    pub(super) fn fill_by_slab<P, Q>(&mut self, pool: &Pool, n_tokens: usize, cols: usize, tokens_a_task: usize, prepare: P, produce: Q)
+    where
+        P: Fn(Range<usize>, Range<usize>, &mut Vec<f32>) + Sync,
+        Q: Fn(&[f32], usize, &mut [f32]) + Sync,
+    {
+        self.set_shape(n_tokens, cols);
+        assert!(self.in_panels() && (tokens_a_task >= n_tokens || tokens_a_task.is_multiple_of(TOKENS_STEP)));
+        let f = Fill { format: self.format, n_tokens, cols, groups: self.n_groups() };
+        match (f.format, self.for_matrix_tiles) {
+            (ActivationFormat::Float, _) => f.by_slab(&mut self.float_blocks, pool, tokens_a_task, prepare, produce),
+            (_, true) => f.by_slab(&mut self.matrix_blocks, pool, tokens_a_task, prepare, produce),
+            (_, false) => f.by_slab(&mut self.blocks, pool, tokens_a_task, prepare, produce),
+        }
+    }
+
+    fn set_shape(&mut self, n_tokens: usize, cols: usize) {
+        (self.cols, self.n_tokens, self.padded) = (cols, n_tokens, cols.next_multiple_of(SLAB));
     }
 
     fn fill_rows(&mut self, produce: &(dyn Fn(usize, &mut [f32]) + Sync)) {
@@ -267,19 +295,44 @@ impl Op for QuantizeRows<'_> {
     }
 }
 
-/// Fills blocks of slabs × groups, a group's column a task.
-fn fill_blocks<B: PanelBlock>(
-    blocks: &mut Vec<B>,
-    pool: &Pool,
-    (slabs, groups): (usize, usize),
+/// The blocks of a batch, slabs × groups, as they are filled.
+#[derive(Clone, Copy)]
+struct Fill {
+    format: ActivationFormat,
     n_tokens: usize,
     cols: usize,
-    format: ActivationFormat,
-    produce: &(dyn Fn(usize, &mut [f32]) + Sync),
-) {
-    blocks.resize(slabs * groups, B::EMPTY);
-    let out = Matrix::new(blocks, slabs, groups, slabs, 1);
-    pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { n_tokens, cols, format, produce, tile }));
+    groups: usize,
+}
+
+impl Fill {
+    fn by_group<B: PanelBlock>(self, blocks: &mut Vec<B>, pool: &Pool, produce: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let slabs = self.cols.div_ceil(SLAB);
+        blocks.resize(slabs * self.groups, B::EMPTY);
+        let out = Matrix::new(blocks, slabs, self.groups, slabs, 1);
+        pool.for_each_tile(&mut [out], |_, tile| isa::run(FillGroup { fill: self, produce, tile }));
+    }
+
+    fn by_slab<B: PanelBlock>(
+        self,
+        blocks: &mut Vec<B>,
+        pool: &Pool,
+        tokens_a_task: usize,
+        prepare: impl Fn(Range<usize>, Range<usize>, &mut Vec<f32>) + Sync,
+        produce: impl Fn(&[f32], usize, &mut [f32]) + Sync,
+    ) {
+        let slabs = self.cols.div_ceil(SLAB);
+        blocks.resize(slabs * self.groups, B::EMPTY);
+        let out = Matrix::new(blocks, slabs, self.groups, 1, tokens_a_task.div_ceil(B::TOKENS));
+        pool.for_each_tile(&mut [out], |_, tile| {
+            let tokens = tile.cols.start * B::TOKENS..(tile.cols.end * B::TOKENS).min(self.n_tokens);
+            let columns = tile.rows.start * SLAB..(tile.rows.end * SLAB).min(self.cols);
+            let mut scratch = PREPARED.take();
+            prepare(tokens, columns.clone(), &mut scratch);
+            let produce = &|t: usize, row: &mut [f32]| produce(&scratch, t, row);
+            isa::run(FillSlab { fill: self, width: columns.len(), produce, tile });
+            PREPARED.set(scratch);
+        });
+    }
 }
 
 /// 256 values of a token, quantized.
@@ -421,9 +474,7 @@ fn sums_of_16<I: Isa>(isa: I, u: &[u8; SLAB], s: &[u8; SLAB]) -> [i32; 16] {
 }
 
 struct FillGroup<'a, 'b, B> {
-    n_tokens: usize,
-    cols: usize,
-    format: ActivationFormat,
+    fill: Fill,
     produce: &'a (dyn Fn(usize, &mut [f32]) + Sync),
     /// slabs × 1 group
     tile: &'a mut Tile<'b, B>,
@@ -436,20 +487,52 @@ impl<B: PanelBlock> Op for FillGroup<'_, '_, B> {
     fn run<I: Isa>(self, isa: I) {
         let first = self.tile.cols.start * B::TOKENS;
         let mut row = ROW.take();
-        row.resize(self.cols, 0.0);
+        row.resize(self.fill.cols, 0.0);
         for t in 0..B::TOKENS {
-            if first + t < self.n_tokens {
+            if first + t < self.fill.n_tokens {
                 (self.produce)(first + t, &mut row);
             } else {
                 row.fill(0.0);
             }
             for (slab, x) in row.chunks(SLAB).enumerate() {
-                self.tile.row_mut(slab)[0].put(isa, t, x, self.format);
+                self.tile.row_mut(slab)[0].put(isa, t, x, self.fill.format);
             }
         }
         ROW.set(row);
         for slab in self.tile.rows.clone() {
             self.tile.row_mut(slab)[0].finish();
+        }
+    }
+}
+
+struct FillSlab<'a, 'b, B> {
+    fill: Fill,
+    /// Columns of this slab.
+    width: usize,
+    /// Of token t, counted from the tile's first.
+    produce: &'a (dyn Fn(usize, &mut [f32]) + Sync),
+    /// 1 slab × groups
+    tile: &'a mut Tile<'b, B>,
+}
+
+impl<B: PanelBlock> Op for FillSlab<'_, '_, B> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (slab, groups) = (self.tile.rows.start, self.tile.cols.clone());
+        let mut row = [0.0f32; SLAB];
+        let row = &mut row[..self.width];
+        for (g, block) in self.tile.row_mut(slab).iter_mut().enumerate() {
+            for t in 0..B::TOKENS {
+                if (groups.start + g) * B::TOKENS + t < self.fill.n_tokens {
+                    (self.produce)(g * B::TOKENS + t, row);
+                } else {
+                    row.fill(0.0);
+                }
+                block.put(isa, t, row, self.fill.format);
+            }
+            block.finish();
         }
     }
 }

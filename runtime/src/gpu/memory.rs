@@ -1,12 +1,13 @@
 //! What a model takes on a GPU, from its header alone, buffer by buffer as
 //! `GpuDecoder` allocates them, and which of its layers a GPU has room for.
 
+use super::step::Few;
 use crate::decoder::BATCH;
 use crate::error::{Error, Result};
 use crate::kv_cache::KvType;
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
-use kernels::cuda::{CacheType, Form, GRANULE, Heads, Inputs, LayerCache, WeightMatrix, partial_floats};
+use kernels::cuda::{CacheType, Form, GRANULE, Heads, Inputs, LayerCache, WeightMatrix};
 
 /// Rows of logits that are made at a time.
 pub(super) const LOGIT_ROWS: usize = 16;
@@ -97,7 +98,8 @@ fn beside(h: &Hparams, forms: &[Form], layers: u64, ctx: usize, kv: KvType) -> R
     let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
     let kv = layers * LayerCache::bytes_for(heads, ctx, kind).iter().map(|b| counted(*b as u64)).sum::<u64>();
     let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], batch, widest(h)))).sum();
-    Ok((kv, inputs + scratch_floats(h, batch).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
+    let step: u64 = Few::bytes_for(h, heads, forms).into_iter().map(counted).sum();
+    Ok((kv, inputs + step + scratch_floats(h, batch).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
 }
 
 /// The most layers that `budget` bytes hold with a cache of `ctx` tokens; None if not even the head.
@@ -129,7 +131,7 @@ pub(super) fn cache_type(kv: KvType) -> Result<CacheType> {
 }
 
 /// Floats of the scratch buffers, in the order in which they are allocated.
-pub(super) fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 12] {
+pub(super) fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 11] {
     let (pairs, dim) = (h.rope_dim as usize / 2, |d| h.dim(d) as usize);
     let ffn = if h.n_experts > 0 { 0 } else { h.ffn as usize };
     [
@@ -141,7 +143,6 @@ pub(super) fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 12] {
         ffn * batch,
         ffn * batch,
         h.vocab as usize * LOGIT_ROWS.min(batch),
-        partial_floats(heads(h), batch),
         pairs * batch,
         pairs * batch,
         batch,

@@ -9,7 +9,7 @@ use crate::model::{Mlp, Weight};
 use kernels::vecmath;
 
 pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s: &mut Scratch) {
-    let (n, hidden, ffn) = (step.n_tokens, step.h.hidden as usize, step.h.expert_ffn as usize);
+    let (n, hidden) = (step.n_tokens, step.h.hidden as usize);
     let used = step.h.n_experts_used as usize;
     let Scratch { x, normed, gate, up, quantized, expert_out, router_scores, .. } = s;
     let scores = &mut router_scores[..n * experts.len()];
@@ -39,11 +39,8 @@ pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s
             let t = tokens[i].0;
             out.copy_from_slice(&normed[t * hidden..(t + 1) * hidden]);
         };
-        let (gate, up) = (&mut gate[..m * ffn], &mut up[..m * ffn]);
-        quantized.matmul(step, m, hidden, &gathered, &mut [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
-        let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
         let out = &mut expert_out[..m * hidden];
-        quantized.matmul(step, m, ffn, &active, &mut [(&expert.down, &mut *out)]);
+        quantized.mlp(step, m, &gathered, expert, gate, up, out);
         for (row, (t, share)) in out.chunks_exact(hidden).zip(tokens) {
             vecmath::add_scaled(&mut x[t * hidden..(t + 1) * hidden], row, *share);
         }

@@ -10,17 +10,13 @@ pub(crate) fn run(step: &Step, layer: &Layer, s: &mut Scratch) {
     match &layer.feed_forward {
         FeedForwardWeights::Experts { router, experts } => super::experts::run(step, &layer.ffn_norm, router, experts, s),
         FeedForwardWeights::Dense(m) => {
-            let ffn = step.h.ffn as usize;
             let Scratch { x, normed, gate, up, quantized, .. } = s;
             let x = &mut x[..n * hidden];
             let norm = |t: usize, out: &mut [f32]| {
                 vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], &layer.ffn_norm, step.h.rms_eps, out);
             };
-            let (gate, up) = (&mut gate[..n * ffn], &mut up[..n * ffn]);
-            quantized.matmul(step, n, hidden, &norm, &mut [(&m.gate, &mut *gate), (&m.up, &mut *up)]);
             let out = &mut normed[..n * hidden];
-            let active = |t: usize, out: &mut [f32]| vecmath::swiglu(&gate[t * ffn..(t + 1) * ffn], &up[t * ffn..(t + 1) * ffn], out);
-            quantized.matmul(step, n, ffn, &active, &mut [(&m.down, &mut *out)]);
+            quantized.mlp(step, n, &norm, m, gate, up, out);
             add(step.pool, x, out, hidden);
         }
     }

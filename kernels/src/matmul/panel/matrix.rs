@@ -28,7 +28,7 @@ use gguf::blocks::Codec;
 /// Rows of weights that are unpacked together, by 16: they share each load of tokens into L1.
 const PANELS: usize = 2;
 /// Most rows of weights that a slab's activations pass together.
-const ROWS: usize = 128;
+pub const ROWS: usize = 128;
 /// Tokens of a batch that pass together, a multiple of what any family takes at once.
 pub const TOKENS: usize = 512;
 
