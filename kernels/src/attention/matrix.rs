@@ -11,6 +11,7 @@ use super::prefill::{TILE, soften, turn};
 use crate::isa::{Bfloats, FloatSums, Isa, MatrixDepth};
 use crate::threads::Tile;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Rows of a product.
 const ROWS: usize = 16;
@@ -18,6 +19,8 @@ const ROWS: usize = 16;
 const STEP: usize = 32;
 /// Positions of a tile in steps.
 const STEPS: usize = TILE / STEP;
+
+const NO_SUMS: FloatSums = FloatSums([[0.0; 16]; 16]);
 
 #[derive(Default)]
 struct Scratch {
@@ -44,96 +47,24 @@ thread_local! {
 pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
     // Taken out and put back: a closure would be compiled without the ISA's features.
     let mut s = SCRATCH.take();
-    let (kd, vd) = (a.key_dim.next_multiple_of(STEP), a.value_dim.next_multiple_of(TILE));
-    let (k_steps, v_tiles) = (kd / STEP, vd / TILE);
     let tokens = tile.rows.clone();
     let n = tokens.len() * a.group;
-    let blocks = n.div_ceil(ROWS);
-    s.x.resize(TILE * kd.max(vd), 0.0);
-    s.turned.resize(TILE * kd, 0.0);
-    s.k.resize(k_steps, [Bfloats::ZERO; 4]);
-    s.v.resize(v_tiles * STEPS, [Bfloats::ZERO; 4]);
-    s.q.clear();
-    s.q.resize(blocks * k_steps, Bfloats::ZERO);
-    s.o.clear();
-    s.o.resize(blocks * v_tiles, [FloatSums([[0.0; 16]; 16]); 4]);
-    for (v, x) in [(&mut s.max, f32::NEG_INFINITY), (&mut s.total, 0.0)] {
-        v.clear();
-        v.resize(blocks * ROWS, x);
-    }
-    for r in 0..n {
-        let q = a.query(tokens.start + r / a.group, head, r % a.group);
-        for (step, q) in q.chunks(STEP).enumerate() {
-            let mut parts = [[0.0; 16]; 2];
-            for (out, q) in parts.as_flattened_mut().iter_mut().zip(q) {
-                *out = q * a.scale;
-            }
-            s.q[r / ROWS * k_steps + step].put(r % ROWS, &parts[0], &parts[1]);
-        }
-    }
+    s.begin(a, head, tokens.clone());
     isa.begin_tiles(MatrixDepth::Columns64);
     let (first, last) = (a.seen(tokens.start).start, a.seen(tokens.end - 1).end);
     for base in (first / TILE * TILE..last).step_by(TILE) {
         let m = TILE.min(last - base);
-        let cached = head * a.capacity + base..head * a.capacity + base + m;
-        a.k.load(isa, cached.clone(), a.key_dim, kd, &mut s.x);
-        turn(isa, &s.x, kd, m, &mut s.turned);
-        for (step, k) in s.k.iter_mut().enumerate() {
-            let rows = &s.turned[step * STEP * TILE..(step + 1) * STEP * TILE];
-            for (j, k) in k.iter_mut().enumerate() {
-                put::<TILE>(rows, TILE, j, k);
-            }
-        }
-        a.v.load(isa, cached, a.value_dim, vd, &mut s.x);
-        // Positions that nobody sees have weights of zero, which must not meet what is not a number.
-        s.x[m * vd..TILE * vd].fill(0.0);
-        for (i, v) in s.v.iter_mut().enumerate() {
-            let (dims, step) = (i / STEPS, i % STEPS);
-            for (j, v) in v.iter_mut().enumerate() {
-                put::<0>(&s.x[step * STEP * vd..(step + 1) * STEP * vd], vd, 4 * dims + j, v);
-            }
-        }
+        s.load(isa, a, head, base, m);
         // Blocks of tokens before this tile, or whose windows ended before it, see none of it.
         let sees = |t: usize| a.seen(t).end > base && a.seen(t).start < base + m;
         let from = tokens.clone().position(sees).unwrap_or(tokens.len()) * a.group / ROWS;
         let to = (tokens.clone().rposition(sees).map_or(0, |t| t + 1) * a.group).div_ceil(ROWS);
         for block in from..to {
-            let mut scores = [FloatSums([[0.0; 16]; 16]); 4];
-            isa.tile_bfloats(&s.q[block * k_steps..(block + 1) * k_steps], &s.k, &mut scores);
-            let mut p = [Bfloats::ZERO; STEPS];
-            let mut keep = [1.0f32; ROWS];
-            for r in 0..ROWS.min(n - block * ROWS) {
-                let row = block * ROWS + r;
-                let seen = a.seen(tokens.start + row / a.group);
-                let (lo, hi) = (seen.start.saturating_sub(base).min(m), seen.end.saturating_sub(base).min(m));
-                let mut x = [0.0f32; TILE];
-                for (x, scores) in x.as_chunks_mut::<16>().0.iter_mut().zip(&scores) {
-                    *x = scores.0[r];
-                }
-                if lo > 0 || hi < TILE {
-                    x[..lo].fill(f32::NEG_INFINITY);
-                    x[hi.max(lo)..].fill(f32::NEG_INFINITY);
-                }
-                (keep[r], s.max[row], s.total[row]) = soften(&mut x, s.max[row], s.total[row]);
-                let x = x.as_chunks::<16>().0;
-                for (step, p) in p.iter_mut().enumerate() {
-                    p.put(r, &x[2 * step], &x[2 * step + 1]);
-                }
-            }
-            for dims in 0..v_tiles {
-                let mut sums = [FloatSums([[0.0; 16]; 16]); 4];
-                isa.tile_bfloats(&p, &s.v[dims * STEPS..(dims + 1) * STEPS], &mut sums);
-                for (o, sums) in s.o[block * v_tiles + dims].iter_mut().zip(&sums) {
-                    for r in 0..ROWS {
-                        for l in 0..16 {
-                            o.0[r][l] = o.0[r][l] * keep[r] + sums.0[r][l];
-                        }
-                    }
-                }
-            }
+            s.attend(isa, a, tokens.start, block, n, base, m);
         }
     }
     isa.end_tiles();
+    let v_tiles = s.v.len() / STEPS;
     for r in 0..n {
         let inverse = 1.0 / s.total[r];
         let out = &mut tile.row_mut(tokens.start + r / a.group)[r % a.group * a.value_dim..][..a.value_dim];
@@ -147,10 +78,105 @@ pub fn run<I: Isa>(isa: I, a: &Attention, head: usize, tile: &mut Tile<'_>) {
     SCRATCH.set(s);
 }
 
-/// 32 rows of `stride` (or STRIDE) floats, of which columns 16j.., as 32 values × 16 columns.
+impl Scratch {
+    /// Queries of these tokens; nothing found yet.
+    #[inline(always)]
+    fn begin(&mut self, a: &Attention, head: usize, tokens: Range<usize>) {
+        let (k_steps, v_tiles) = (a.key_dim.div_ceil(STEP), a.value_dim.div_ceil(TILE));
+        let n = tokens.len() * a.group;
+        let blocks = n.div_ceil(ROWS);
+        self.x.resize(TILE * (k_steps * STEP).max(v_tiles * TILE), 0.0);
+        self.turned.resize(TILE * k_steps * STEP, 0.0);
+        self.k.resize(k_steps, [Bfloats::ZERO; 4]);
+        self.v.resize(v_tiles * STEPS, [Bfloats::ZERO; 4]);
+        self.q.clear();
+        self.q.resize(blocks * k_steps, Bfloats::ZERO);
+        self.o.clear();
+        self.o.resize(blocks * v_tiles, [NO_SUMS; 4]);
+        for (v, x) in [(&mut self.max, f32::NEG_INFINITY), (&mut self.total, 0.0)] {
+            v.clear();
+            v.resize(blocks * ROWS, x);
+        }
+        for r in 0..n {
+            let q = a.query(tokens.start + r / a.group, head, r % a.group);
+            for (step, q) in q.chunks(STEP).enumerate() {
+                let mut parts = [[0.0; 16]; 2];
+                for (out, q) in parts.as_flattened_mut().iter_mut().zip(q) {
+                    *out = q * a.scale;
+                }
+                self.q[r / ROWS * k_steps + step].put(r % ROWS, &parts[0], &parts[1]);
+            }
+        }
+    }
+
+    /// Keys and values of `m` positions from `base` on.
+    #[inline(always)]
+    fn load<I: Isa>(&mut self, isa: I, a: &Attention, head: usize, base: usize, m: usize) {
+        let (kd, vd) = (self.k.len() * STEP, self.v.len() / STEPS * TILE);
+        let cached = head * a.capacity + base..head * a.capacity + base + m;
+        a.k.load(isa, cached.clone(), a.key_dim, kd, &mut self.x);
+        turn(isa, &self.x, kd, m, &mut self.turned);
+        for (step, k) in self.k.iter_mut().enumerate() {
+            let rows = &self.turned[step * STEP * TILE..(step + 1) * STEP * TILE];
+            for (j, k) in k.iter_mut().enumerate() {
+                put(rows, TILE, j, k);
+            }
+        }
+        a.v.load(isa, cached, a.value_dim, vd, &mut self.x);
+        // Positions that nobody sees have weights of zero, which must not meet what is not a number.
+        self.x[m * vd..TILE * vd].fill(0.0);
+        for (i, v) in self.v.iter_mut().enumerate() {
+            let (dims, step) = (i / STEPS, i % STEPS);
+            for (j, v) in v.iter_mut().enumerate() {
+                put(&self.x[step * STEP * vd..(step + 1) * STEP * vd], vd, 4 * dims + j, v);
+            }
+        }
+    }
+
+    /// What rows 16·block.. of the `n` from token `first` on find there.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "one inner loop's body")]
+    fn attend<I: Isa>(&mut self, isa: I, a: &Attention, first: usize, block: usize, n: usize, base: usize, m: usize) {
+        let (k_steps, v_tiles) = (self.k.len(), self.v.len() / STEPS);
+        let mut scores = [NO_SUMS; 4];
+        isa.tile_bfloats(&self.q[block * k_steps..(block + 1) * k_steps], &self.k, &mut scores);
+        let mut p = [Bfloats::ZERO; STEPS];
+        let mut keep = [1.0f32; ROWS];
+        for r in 0..ROWS.min(n - block * ROWS) {
+            let row = block * ROWS + r;
+            let seen = a.seen(first + row / a.group);
+            let (lo, hi) = (seen.start.saturating_sub(base).min(m), seen.end.saturating_sub(base).min(m));
+            let mut x = [0.0f32; TILE];
+            for (x, scores) in x.as_chunks_mut::<16>().0.iter_mut().zip(&scores) {
+                *x = scores.0[r];
+            }
+            if lo > 0 || hi < TILE {
+                x[..lo].fill(f32::NEG_INFINITY);
+                x[hi.max(lo)..].fill(f32::NEG_INFINITY);
+            }
+            (keep[r], self.max[row], self.total[row]) = soften(&mut x, self.max[row], self.total[row]);
+            let x = x.as_chunks::<16>().0;
+            for (step, p) in p.iter_mut().enumerate() {
+                p.put(r, &x[2 * step], &x[2 * step + 1]);
+            }
+        }
+        for dims in 0..v_tiles {
+            let mut sums = [NO_SUMS; 4];
+            isa.tile_bfloats(&p, &self.v[dims * STEPS..(dims + 1) * STEPS], &mut sums);
+            for (o, sums) in self.o[block * v_tiles + dims].iter_mut().zip(&sums) {
+                for r in 0..ROWS {
+                    for l in 0..16 {
+                        o.0[r][l] = o.0[r][l] * keep[r] + sums.0[r][l];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// 32 rows of `stride` floats, of which columns 16j.., as 32 values × 16 columns.
 #[inline(always)]
-fn put<const STRIDE: usize>(rows: &[f32], stride: usize, j: usize, out: &mut Bfloats) {
-    let stride = if STRIDE > 0 { STRIDE } else { stride };
+fn put(rows: &[f32], stride: usize, j: usize, out: &mut Bfloats) {
     for i in 0..16 {
         let row = |i: usize| rows[i * stride + 16 * j..].first_chunk().expect("16 columns");
         out.put(i, row(i), row(i + 16));
