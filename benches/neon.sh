@@ -4,7 +4,7 @@
 #   benches/neon.sh CORE [TYPES]      CORE as qemu names it: cortex-a76 (sdot), max (smmla)
 #
 # A decode shape (1 token) and a prefill shape (32), 256 x 1024, activations quantized in each. Two counts of
-# different repetitions are subtracted, so that start-up falls out. Needs what `.ci/run` needs for Arm, and cmake;
+# different repetitions are subtracted, so that start-up falls out. Needs what `.ci/run` needs for Arm, g++-aarch64-linux-gnu and cmake;
 # ggml is that of the `ggml-sys` crate. Results also go to benches/runs/neon.csv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ RUSTC=/usr/bin/rustc CARGO_TARGET_DIR="$cache/arm" CARGO_TARGET_AARCH64_UNKNOWN_
     cargo build --release -q --target aarch64-unknown-linux-gnu -p benches --example neon_count
 ours=$cache/arm/aarch64-unknown-linux-gnu/release/examples/neon_count
 
-ggml=$(cargo metadata --format-version 1 --features ggml --manifest-path benches/Cargo.toml |
+ggml=$(cargo metadata --format-version 1 --features ggml --manifest-path benches/Cargo.toml 2>/dev/null |
     grep -o '"manifest_path":"[^"]*llama-cpp-sys-2[^"]*"' | head -n 1 | cut -d'"' -f4)
 ggml=$(dirname "$ggml")/llama.cpp/ggml
 build=$cache/arm-ggml/$core

@@ -90,6 +90,9 @@ pub(crate) fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[Te
 /// A file that bears its name only once it is whole and synced; its temporary goes if this is dropped before.
 pub struct PartFile {
     out: BufWriter<File>,
+    /// Written since the disk was last asked to take it.
+    unsynced: u64,
+    ahead: SyncAhead,
     part: PathBuf,
     target: PathBuf,
     /// What the whole file takes, for messages.
@@ -106,11 +109,26 @@ impl PartFile {
         }
         let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&part).map_err(|source| Error::Io { action: "create", path: part.clone(), source })?;
-        Ok(PartFile { out: BufWriter::with_capacity(1 << 20, file), part, target: target.to_owned(), needed, finished: false })
+        let ahead = SyncAhead::default();
+        Ok(PartFile {
+            out: BufWriter::with_capacity(1 << 20, file),
+            unsynced: 0,
+            ahead,
+            part,
+            target: target.to_owned(),
+            needed,
+            finished: false,
+        })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|e| self.io("write", e))
+        self.out.write_all(bytes).map_err(|e| self.io("write", e))?;
+        self.unsynced += bytes.len() as u64;
+        if self.unsynced >= SYNC_EVERY {
+            self.unsynced = 0;
+            self.out.flush().and_then(|()| self.ahead.begin(self.out.get_ref())).map_err(|e| self.io("write", e))?;
+        }
+        Ok(())
     }
 
     fn write_at(&mut self, start: u64, bytes: &[u8]) -> Result<()> {
@@ -121,6 +139,7 @@ impl PartFile {
     /// Flushes, syncs, renames, and syncs the folder.
     pub fn finish(mut self) -> Result<()> {
         self.out.flush().map_err(|e| self.io("write", e))?;
+        self.ahead.end().map_err(|e| self.io("sync", e))?;
         self.out.get_ref().sync_all().map_err(|e| self.io("sync", e))?;
         std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
         self.finished = true;
@@ -133,6 +152,36 @@ impl PartFile {
             return Error::DiskFull { target: self.target.clone(), needed: self.needed };
         }
         Error::Io { action, path: self.part.clone(), source }
+    }
+}
+
+/// Bytes after which the disk is asked to take what was written.
+const SYNC_EVERY: u64 = 64 << 20;
+
+/// Has the disk take what is written while more is made, so that little is left to wait for at the end.
+#[derive(Default)]
+struct SyncAhead {
+    running: Option<std::thread::JoinHandle<std::io::Result<()>>>,
+}
+
+impl SyncAhead {
+    /// Unless the disk is still busy with what it was asked for before. An error of that comes here, as the system tells it once.
+    fn begin(&mut self, file: &File) -> std::io::Result<()> {
+        if self.running.as_ref().is_some_and(|r| !r.is_finished()) {
+            return Ok(());
+        }
+        self.end()?;
+        let file = file.try_clone()?;
+        // A thread that cannot be had only leaves more for the end.
+        self.running = std::thread::Builder::new().name("sync".into()).spawn(move || file.sync_data()).ok();
+        Ok(())
+    }
+
+    fn end(&mut self) -> std::io::Result<()> {
+        match self.running.take().map(|r| r.join()) {
+            Some(Ok(Err(e))) => Err(e),
+            _ => Ok(()),
+        }
     }
 }
 

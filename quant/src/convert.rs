@@ -14,6 +14,7 @@ use crate::plan::{Plan, Values};
 use gguf::{BlockType, Layout, Writer};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 
@@ -50,15 +51,19 @@ pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, 
     let layouts: Vec<&Layout> = outputs.iter().map(|o| &o.0).collect();
     // A batch of rows of a tensor, in each layout.
     let (send, receive) = sync_channel::<Vec<Vec<u8>>>(1);
+    let spare = Spare::default();
     std::thread::scope(|scope| {
+        let spare_of_writer = &spare;
         let writing = scope.spawn(move || -> Result<Vec<Writer>> {
             for batch in receive {
                 writers.iter_mut().zip(&batch).try_for_each(|(w, bytes)| w.write(bytes))?;
+                spare_of_writer.put(batch);
             }
             Ok(writers)
         });
         let emit = |batch| send.send(batch).map_err(|_| Error::Cancelled);
-        let encoded = (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &emit));
+        let encoded =
+            (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &spare, &emit));
         drop(send);
         let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
         // A writer that failed closes the channel, so its error is the cause and comes first.
@@ -97,7 +102,7 @@ impl<'p> Stepwise<'p> {
             batch.iter().for_each(|b| bytes.borrow_mut().extend_from_slice(b));
             Ok(())
         };
-        convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &emit)?;
+        convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &Spare::default(), &emit)?;
         let bytes = bytes.into_inner();
         self.writer.place(i, &bytes)?;
         Ok(bytes)
@@ -129,6 +134,25 @@ enum Encoding<'a> {
     Encode(MatrixEncoder<'a>),
 }
 
+/// Batches that were written, whose memory serves again: fresh pages cost a fault each.
+#[derive(Default)]
+struct Spare(Mutex<Vec<Vec<Vec<u8>>>>);
+
+impl Spare {
+    fn put(&self, batch: Vec<Vec<u8>>) {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(batch);
+    }
+
+    /// Buffers of these lengths, whatever is in them.
+    fn take(&self, lengths: impl ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+        let mut batch = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
+        batch.resize_with(lengths.len(), Vec::new);
+        batch.iter_mut().zip(lengths).for_each(|(b, n)| b.resize(n, 0));
+        batch
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "a conversion's whole state, at two places")]
 fn convert_tensor(
     plan: &Plan,
     layouts: &[&Layout],
@@ -136,6 +160,7 @@ fn convert_tensor(
     wholes: &[Option<Whole>],
     pool: &rayon::ThreadPool,
     progress: &dyn Progress,
+    spare: &Spare,
     emit: &dyn Fn(Vec<Vec<u8>>) -> Result<()>,
 ) -> Result<()> {
     let info = &plan.layout().tensors()[i];
@@ -177,7 +202,7 @@ fn convert_tensor(
                 return Err(Error::Cancelled);
             }
             let n = batch_rows.min(end - first);
-            let mut batch: Vec<Vec<u8>> = row_bytes.iter().map(|b| vec![0u8; n * b]).collect();
+            let mut batch = spare.take(row_bytes.iter().map(|b| n * b));
             let mut chunks: Vec<Vec<&mut [u8]>> = (0..n.div_ceil(chunk_rows)).map(|_| Vec::with_capacity(blocks.len())).collect();
             for (out, row_bytes) in batch.iter_mut().zip(&row_bytes) {
                 chunks.iter_mut().zip(out.chunks_mut(chunk_rows * row_bytes)).for_each(|(chunk, out)| chunk.push(out));

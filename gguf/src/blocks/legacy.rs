@@ -41,13 +41,16 @@ pub fn magnitude(x: &[f32]) -> f32 {
 /// All lanes as one, by halves, so that it takes four steps and not sixteen.
 /// `f` must give the same in any order.
 #[inline(always)]
-fn fold_lanes(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    for width in [8, 4, 2, 1] {
-        for l in 0..width {
-            lanes[l] = f(lanes[l], lanes[l + width]);
-        }
+fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    // Arrays of their own: a loop over widths would go through memory.
+    let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);
+    for l in 0..8 {
+        eight[l] = f(lanes[l], lanes[l + 8]);
     }
-    lanes[0]
+    for l in 0..4 {
+        four[l] = f(eight[l], eight[l + 4]);
+    }
+    f(f(four[0], four[2]), f(four[1], four[3]))
 }
 
 /// Maxima are kept in lanes, as a single running one would wait for itself.
