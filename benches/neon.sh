@@ -34,7 +34,7 @@ rows=256 columns=1024
 count() {
     local tokens=$1 once thrice && shift
     local program=$1 type=$2 more=${3:-}
-    executed() { qemu-aarch64-static -L / -cpu "$core" -singlestep -d exec,nochain -D /dev/stdout "$program" "$type" $rows $columns "$tokens" "$1" $more | grep -c '^Trace' || true; }
+    executed() { qemu-aarch64-static -L / -cpu "$core" -singlestep -d exec,nochain -D /dev/stdout "$program" "$type" $rows $columns "$tokens" "$1" $more 2>/dev/null | grep -ac '^Trace' || true; }
     once=$(executed 1) thrice=$(executed 3)
     echo $(((thrice - once) / 2))
 }

@@ -29,13 +29,11 @@ int main(int n, char **args) {
     ggml_context *held = ggml_init({1 << 20, nullptr, true}), *graph_of = ggml_init({1 << 20, nullptr, true});
     ggml_tensor *w = ggml_new_tensor_2d(held, type, columns, rows);
     ggml_backend_alloc_ctx_tensors_from_buft(held, kind);
-    std::vector<float> x(rows * columns), y(tokens * columns);
+    std::vector<float> y(tokens * columns);
     unsigned state = 1;
-    auto next = [&] { state = state * 1664525u + 1013904223u; return int(state >> 8) / 8388608.0f - 1.0f; };
-    for (auto &v : x) v = next();
-    for (auto &v : y) v = next();
-    std::vector<char> bytes(ggml_nbytes(w));
-    ggml_quantize_chunk(type, x.data(), bytes.data(), 0, rows, columns, nullptr);
+    for (auto &v : y) state = state * 1664525u + 1013904223u, v = int(state >> 8) / 8388608.0f - 1.0f;
+    // Any weights will do.
+    std::vector<char> bytes(ggml_nbytes(w), 0x11);
     ggml_backend_tensor_set(w, bytes.data(), 0, bytes.size());
 
     ggml_context *inputs = ggml_init({1 << 20, nullptr, true});

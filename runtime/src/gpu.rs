@@ -297,9 +297,7 @@ impl<'m> GpuDecoder<'m> {
         if n <= FEW {
             self.state.begin(self.len)?;
         }
-        let few = self.few.as_mut().filter(|_| n <= FEW);
-        let stepped = few.is_some();
-        if let Some(few) = few {
+        if let Some(few) = self.few.as_mut().filter(|_| n <= FEW) {
             let parts = Parts {
                 h,
                 device: d,
@@ -314,10 +312,12 @@ impl<'m> GpuDecoder<'m> {
                 window,
             };
             few.run(Kind { n_tokens: n, n_splits, head }, parts)?;
+            self.advance(n);
+            return Ok(true);
         }
         let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
         let models = &self.model.layers[self.split.on_host..];
-        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models).filter(|_| !stepped) {
+        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models) {
             let job = |weights, out| Job { weights, out, add: false };
             self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
             let [q, k, v] = &s.qkv;
@@ -345,11 +345,15 @@ impl<'m> GpuDecoder<'m> {
                 s.x.write_floats(&host.scratch.x[..n * hidden])?;
             }
         }
+        self.advance(n);
+        Ok(false)
+    }
+
+    fn advance(&mut self, n: usize) {
         self.len += n;
         if let Some(host) = &mut self.host {
             host.cache.advance(n);
         }
-        Ok(stepped)
     }
 
     /// Appends the logits of the last `n` tokens from `from` on; `made`: they are there.

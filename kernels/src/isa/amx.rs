@@ -109,17 +109,8 @@ pub unsafe fn digits<const Q: usize>(x: [&MatrixQuants; 2], low: &[Lanes; 64], h
         );
     }
     if Q == 3 {
-        // SAFETY: writes 4 KiB.
-        unsafe {
-            asm!(
-                "tilestored [{out} + {row}*1], tmm0",
-                "tilestored [{out} + {row}*1 + 1024], tmm1",
-                "tilestored [{out} + {row}*1 + 2048], tmm2",
-                "tilestored [{out} + {row}*1 + 3072], tmm3",
-                out = in(reg) out, row = in(reg) 64usize,
-                options(nostack, preserves_flags)
-            );
-        }
+        // SAFETY: 1 KiB each.
+        unsafe { store_sums(out) }
     }
 }
 
@@ -197,6 +188,17 @@ pub unsafe fn bfloats(a: &[Bfloats], b: &[[Bfloats; 4]], out: &mut [FloatSums; 4
             two_columns!("tmm2", "tmm3", &b[2]);
         }
     }
+    // SAFETY: 1 KiB each.
+    unsafe { store_sums(out) }
+}
+
+/// Tiles 0–3 to memory, one after the other.
+///
+/// # Safety
+/// AMX, configured for either depth; a T is 1 KiB of which any bytes are valid.
+#[inline(always)]
+unsafe fn store_sums<T>(out: &mut [T; 4]) {
+    const { assert!(size_of::<T>() == 1024) };
     // SAFETY: writes 4 KiB.
     unsafe {
         asm!(
