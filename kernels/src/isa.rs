@@ -211,31 +211,38 @@ pub trait Isa: Copy + Send + Sync + 'static {
     }
     /// Whether quantized types prefill in matrix tiles, by the methods below.
     const MATRIX_TILES: bool = false;
-    /// (byte − offset) · scale of each byte as the two bytes of a 16-bit number, low and high; the lane's scale is
-    /// in both halves of `scale`.
-    fn digits(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
-        let product = |q: u32, scale: u32, i: u32| ((q >> (8 * i) & 255) as i16).wrapping_sub(offset).wrapping_mul(scale as i16);
-        [0, 8].map(|shift| each!(16, |r| (0..4).fold(0, |all, i| all | u32::from((product(q[r], scale[r], i) >> shift) as u8) << (8 * i))))
+    /// (byte − offset) · scale of each byte, below 2^15 − 2^SHIFT, as two signed digits, low and high: high is the nearest
+    /// multiple of 2^SHIFT, at most 127, low what that leaves (its low byte). The lane's scale is in both halves of `scale`.
+    fn digits<const SHIFT: u32>(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
+        let digits = |q: u32, scale: u32, i: u32| {
+            let product = ((q >> (8 * i) & 255) as i16).wrapping_sub(offset).wrapping_mul(scale as i16);
+            let high = (product.wrapping_add(1 << (SHIFT - 1)) >> SHIFT).min(127);
+            [product.wrapping_sub(high << SHIFT), high]
+        };
+        [0, 1].map(|which| each!(16, |r| (0..4).fold(0, |all, i| all | u32::from(digits(q[r], scale[r], i)[which] as u8) << (8 * i))))
     }
     /// Prepares this thread's tiles for products over `k` columns at a time.
     fn begin_tiles(self, _k: MatrixDepth) {}
     /// Gives them up.
     fn end_tiles(self) {}
-    /// Quarter Q of: Σ over 256 columns of 16 tokens each of `x` with 16 rows, out\[2b\] against `low`, unsigned, and
-    /// out\[2b + 1\] against `high`, signed. `out` is written by quarter 3, with the sums of the calls for quarters 0, 1,
-    /// 2 and 3 that came before without other tile work between. Tiles are `MatrixDepth::Columns64`.
-    fn tile_digits<const Q: usize>(self, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
-        for (x, out) in x.into_iter().zip(out.as_chunks_mut::<2>().0).filter(|_| Q == 3) {
-            reference_tile(x, low, 0..64, i32::from, &mut out[0]);
-            reference_tile(x, high, 0..64, |b| i32::from(b as i8), &mut out[1]);
+    /// Σ over 256 columns of 16 tokens with twice 16 rows, low and high digits of each: to out\[2p\] of high by low and low
+    /// by high, to out\[2p + 1\] of high by high. Tiles are `MatrixDepth::Columns64`.
+    fn tile_digits(self, x: &MatrixDigits, w: [[&[Lanes; 64]; 2]; 2], out: &mut [MatrixSums; 4]) {
+        out.fill(MatrixSums([[0; 16]; 16]));
+        for ([low, high], out) in w.into_iter().zip(out.as_chunks_mut::<2>().0) {
+            add_reference_tile(&x.high, low, 0..64, &mut out[0]);
+            add_reference_tile(&x.low, high, 0..64, &mut out[0]);
+            add_reference_tile(&x.high, high, 0..64, &mut out[1]);
         }
     }
-    /// Quarter Q of: the same of signed weights over each block of 32 columns apart; writes out\[2Q\] and out\[2Q + 1\].
-    /// Tiles are `MatrixDepth::Columns32`.
-    fn tile_blocks<const Q: usize>(self, x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
-        for (b, out) in out.iter_mut().enumerate().skip(2 * Q).take(2) {
-            reference_tile(x, w, 8 * b..8 * b + 8, |b| i32::from(b as i8), out);
+    /// To out\[b\] high digits by `w` over the b-th 32 columns, to out\[8\] low digits by `coarse` over all 256. Tiles are
+    /// `MatrixDepth::Columns32`.
+    fn tile_blocks(self, x: &MatrixDigits, w: &[Lanes; 64], coarse: &[Lanes; 64], out: &mut [MatrixSums; 9]) {
+        out.fill(MatrixSums([[0; 16]; 16]));
+        for (b, out) in out[..8].iter_mut().enumerate() {
+            add_reference_tile(&x.high, w, 8 * b..8 * b + 8, out);
         }
+        add_reference_tile(&x.low, coarse, 0..64, &mut out[8]);
     }
     /// out\[j\] = Σ over steps of a\[step\] · b\[step\]\[j\], each operand the sum of two bfloat parts of which the product
     /// of the smaller ones is left out. Tiles are `MatrixDepth::Columns64`.
@@ -256,7 +263,7 @@ pub enum TileShape {
     OneByThree,
 }
 
-/// Columns that one product of matrix tiles covers.
+/// Columns that one product of matrix tiles covers (where 32, some cover 64).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatrixDepth {
     Columns32,
@@ -267,6 +274,14 @@ pub enum MatrixDepth {
 pub const MATRIX_TOKENS: usize = 16;
 /// 256 columns of 16 tokens: 64 columns of each token, then the next 64.
 pub type MatrixQuants = [[[i8; 64]; MATRIX_TOKENS]; 4];
+
+/// Values of two digits; the low one's unit is a fraction of the high one's.
+#[derive(Debug, Clone)]
+#[repr(C, align(64))]
+pub struct MatrixDigits {
+    pub high: MatrixQuants,
+    pub low: MatrixQuants,
+}
 
 /// Sums of 16 tokens, each over 16 rows.
 #[derive(Clone, Copy)]
@@ -320,11 +335,12 @@ fn reference_bfloats<'b>(a: &[Bfloats], b: impl Iterator<Item = &'b Bfloats>, ou
 }
 
 /// What matrix tiles compute, for rows that have none and for tests: Σ over `steps` (four columns each).
-fn reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Range<usize>, value: impl Fn(u8) -> i32, out: &mut MatrixSums) {
+fn add_reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Range<usize>, out: &mut MatrixSums) {
     for (t, out) in out.0.iter_mut().enumerate() {
         for (r, out) in out.iter_mut().enumerate() {
-            let dword = |s: usize| (0..4).map(|i| value((w[s][r] >> (8 * i)) as u8) * i32::from(x[s / 16][t][s % 16 * 4 + i])).sum::<i32>();
-            *out = steps.clone().map(dword).sum::<i32>() as u32;
+            let product = |s: usize, i: usize| i32::from((w[s][r] >> (8 * i)) as i8) * i32::from(x[s / 16][t][s % 16 * 4 + i]);
+            let sum: i32 = steps.clone().flat_map(|s| [0, 1, 2, 3].map(|i| product(s, i))).sum();
+            *out = out.wrapping_add(sum as u32);
         }
     }
 }

@@ -48,6 +48,7 @@ pub trait MatmulKernel: Send + Sync {
     /// `TYPE/isa`, or `TYPE/isa/decode` where the weights are decoded to float.
     fn name(&self) -> String;
     fn activation(&self) -> ActivationFormat;
+    /// Largest error against the reference, as a share of its sizes; in matrix tiles [`panel::matrix::LEFT_OUT`] comes to it.
     fn tolerance(&self) -> f32;
     /// Whether many tokens are multiplied in matrix tiles.
     fn uses_matrix_tiles(&self) -> bool;

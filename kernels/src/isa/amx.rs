@@ -10,7 +10,7 @@
 //! has AMX with int8 and bfloats and the system has granted it; loads and stores stay in
 //! the arrays they are given.
 
-use super::{Bfloats, FloatSums, Lanes, MatrixDepth, MatrixQuants, MatrixSums};
+use super::{Bfloats, FloatSums, Lanes, MatrixDepth, MatrixDigits, MatrixSums};
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
@@ -43,26 +43,22 @@ fn granted() -> bool {
 #[repr(C, align(64))]
 struct Config([u8; 64]);
 
-/// Tiles 0–3 are sums, 4–5 tokens, 6–7 weights.
-const fn config(columns: u8) -> Config {
+/// (bytes a row, rows) of each tile.
+const fn config(tiles: [(u8, u8); 8]) -> Config {
     let mut c = [0; 64];
     c[0] = 1;
     let mut tile = 0;
     while tile < 8 {
-        let (row_bytes, rows) = match tile {
-            0..4 => (64, 16),
-            4..6 => (columns, 16),
-            _ => (64, columns / 4),
-        };
-        c[16 + 2 * tile] = row_bytes;
-        c[48 + tile] = rows;
+        (c[16 + 2 * tile], c[48 + tile]) = tiles[tile];
         tile += 1;
     }
     Config(c)
 }
 
-static COLUMNS_32: Config = config(32);
-static COLUMNS_64: Config = config(64);
+const WHOLE: (u8, u8) = (64, 16);
+/// Tokens in tile 4, weights in 6.
+static COLUMNS_32: Config = config([WHOLE, WHOLE, WHOLE, WHOLE, (32, 16), WHOLE, (64, 8), WHOLE]);
+static COLUMNS_64: Config = config([WHOLE; 8]);
 
 /// # Safety
 /// AMX.
@@ -82,36 +78,38 @@ pub unsafe fn release() {
     unsafe { asm!("tilerelease", options(nomem, nostack)) }
 }
 
-/// `Isa::tile_digits`. Sums stay in tiles 0–3 from call to call, which nothing but this file touches.
+/// `Isa::tile_digits`.
 ///
 /// # Safety
 /// AMX, configured for 64 columns.
 #[inline(always)]
-pub unsafe fn digits<const Q: usize>(x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
-    if Q == 0 {
-        // SAFETY: registers only.
-        unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags)) }
+pub unsafe fn digits(x: &MatrixDigits, w: [[&[Lanes; 64]; 2]; 2], out: &mut [MatrixSums; 4]) {
+    // SAFETY: registers only.
+    unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags)) }
+    for q in 0..4 {
+        // SAFETY: reads 1 KiB of each input, the quarter's 64 columns.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{x} + {row}*1]",
+                "tileloadd tmm6, [{low0} + {row}*1]",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{high0} + {row}*1]",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{x} + {row}*1 + 4096]",
+                "tdpbssd tmm0, tmm5, tmm7",
+                "tileloadd tmm6, [{low1} + {row}*1]",
+                "tdpbssd tmm2, tmm4, tmm6",
+                "tileloadd tmm7, [{high1} + {row}*1]",
+                "tdpbssd tmm3, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm7",
+                x = in(reg) &x.high[q], low0 = in(reg) &w[0][0][16 * q], high0 = in(reg) &w[0][1][16 * q],
+                low1 = in(reg) &w[1][0][16 * q], high1 = in(reg) &w[1][1][16 * q], row = in(reg) 64usize,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
     }
-    // SAFETY: reads the quarter's 1 KiB of each input.
-    unsafe {
-        asm!(
-            "tileloadd tmm6, [{low} + {row}*1]",
-            "tileloadd tmm4, [{x0} + {row}*1]",
-            "tdpbsud tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{high} + {row}*1]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{x1} + {row}*1]",
-            "tdpbsud tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
-            x0 = in(reg) &x[0][Q], x1 = in(reg) &x[1][Q], low = in(reg) &low[16 * Q], high = in(reg) &high[16 * Q],
-            row = in(reg) 64usize,
-            options(readonly, nostack, preserves_flags)
-        );
-    }
-    if Q == 3 {
-        // SAFETY: 1 KiB each.
-        unsafe { store_sums(out) }
-    }
+    // SAFETY: 1 KiB each.
+    unsafe { store_sums(out) }
 }
 
 /// `Isa::tile_blocks`. Two blocks of 32 columns lie side by side in 64 of a token.
@@ -119,32 +117,35 @@ pub unsafe fn digits<const Q: usize>(x: [&MatrixQuants; 2], low: &[Lanes; 64], h
 /// # Safety
 /// AMX, configured for 32 columns.
 #[inline(always)]
-pub unsafe fn blocks<const Q: usize>(x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
-    macro_rules! two_blocks {
-        ($c:literal, $d:literal) => {
+pub unsafe fn blocks(x: &MatrixDigits, w: &[Lanes; 64], coarse: &[Lanes; 64], out: &mut [MatrixSums; 9]) {
+    // SAFETY: registers only.
+    unsafe { asm!("tilezero tmm2", options(nostack, preserves_flags)) }
+    for q in 0..4 {
+        // SAFETY: reads 1 KiB of each input, the quarter's 64 columns; writes 2 KiB of `out`, whose sums follow each other.
+        unsafe {
             asm!(
                 "tileloadd tmm4, [{x} + {row}*1]",
                 "tileloadd tmm6, [{w} + {row}*1]",
-                concat!("tilezero ", $c),
-                concat!("tdpbssd ", $c, ", tmm4, tmm6"),
-                "tileloadd tmm5, [{x} + {row}*1 + 32]",
-                "tileloadd tmm7, [{w} + {row}*1 + 512]",
-                concat!("tilezero ", $d),
-                concat!("tdpbssd ", $d, ", tmm5, tmm7"),
-                concat!("tilestored [{out} + {row}*1], ", $c),
-                concat!("tilestored [{out} + {row}*1 + 1024], ", $d),
-                x = in(reg) &x[Q], w = in(reg) &w[16 * Q], out = in(reg) &mut out[2 * Q], row = in(reg) 64usize,
+                "tilezero tmm0",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tileloadd tmm4, [{x} + {row}*1 + 32]",
+                "tileloadd tmm6, [{w} + {row}*1 + 512]",
+                "tilezero tmm1",
+                "tdpbssd tmm1, tmm4, tmm6",
+                "tileloadd tmm5, [{x} + {row}*1 + 4096]",
+                "tileloadd tmm7, [{coarse} + {row}*1]",
+                "tdpbssd tmm2, tmm5, tmm7",
+                "tilestored [{out} + {row}*1], tmm0",
+                "tilestored [{out} + {row}*1 + 1024], tmm1",
+                x = in(reg) &x.high[q], w = in(reg) &w[16 * q], coarse = in(reg) &coarse[16 * q], out = in(reg) &mut out[2 * q],
+                row = in(reg) 64usize,
                 options(nostack, preserves_flags)
-            )
-        };
-    }
-    // SAFETY: reads the quarter's 1 KiB of each input, writes 2 KiB of `out`, whose sums follow each other.
-    unsafe {
-        if Q.is_multiple_of(2) {
-            two_blocks!("tmm0", "tmm1");
-        } else {
-            two_blocks!("tmm2", "tmm3");
+            );
         }
+    }
+    // SAFETY: writes 1 KiB.
+    unsafe {
+        asm!("tilestored [{out} + {row}*1], tmm2", out = in(reg) &mut out[8], row = in(reg) 64usize, options(nostack, preserves_flags))
     }
 }
 
@@ -230,36 +231,32 @@ mod tests {
         };
         let mut lanes = || -> [Lanes; 64] { std::array::from_fn(|_| std::array::from_fn(|_| random())) };
         let (low, high) = (lanes(), lanes());
-        let x: [MatrixQuants; 2] = [low, high].map(|w| {
+        let [high_x, low_x] = [low, high].map(|w| {
             let byte = |i: usize| (w[i % 64][i / 64 % 16] >> (i / 1024 * 8)) as i8;
             std::array::from_fn(|k| std::array::from_fn(|t| std::array::from_fn(|i| byte(1024 * k + 64 * t + i))))
         });
-        fn digits<I: Isa>(isa: I, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64]) -> [MatrixSums; 4] {
+        let x = MatrixDigits { high: high_x, low: low_x };
+        fn digits<I: Isa>(isa: I, x: &MatrixDigits, w: [[&[Lanes; 64]; 2]; 2]) -> [MatrixSums; 4] {
             let mut out = [MatrixSums([[0; 16]; 16]); 4];
             isa.begin_tiles(MatrixDepth::Columns64);
-            isa.tile_digits::<0>(x, low, high, &mut out);
-            isa.tile_digits::<1>(x, low, high, &mut out);
-            isa.tile_digits::<2>(x, low, high, &mut out);
-            isa.tile_digits::<3>(x, low, high, &mut out);
+            isa.tile_digits(x, w, &mut out);
             isa.end_tiles();
             out
         }
-        fn blocks<I: Isa>(isa: I, x: &MatrixQuants, w: &[Lanes; 64]) -> [MatrixSums; 8] {
-            let mut out = [MatrixSums([[0; 16]; 16]); 8];
+        fn blocks<I: Isa>(isa: I, x: &MatrixDigits, w: [&[Lanes; 64]; 2]) -> [MatrixSums; 9] {
+            let mut out = [MatrixSums([[0; 16]; 16]); 9];
             isa.begin_tiles(MatrixDepth::Columns32);
-            isa.tile_blocks::<0>(x, w, &mut out);
-            isa.tile_blocks::<1>(x, w, &mut out);
-            isa.tile_blocks::<2>(x, w, &mut out);
-            isa.tile_blocks::<3>(x, w, &mut out);
+            isa.tile_blocks(x, w[0], w[1], &mut out);
             isa.end_tiles();
             out
         }
         let scalar = Scalar::detect().expect("every CPU has it");
-        let pairs = [&x[0], &x[1]];
-        assert!(digits(amx, pairs, &low, &high).iter().zip(&digits(scalar, pairs, &low, &high)).all(|(a, b)| a.0 == b.0));
-        assert!(blocks(amx, &x[0], &low).iter().zip(&blocks(scalar, &x[0], &low)).all(|(a, b)| a.0 == b.0));
+        let w = [[&low, &high], [&high, &low]];
+        assert!(digits(amx, &x, w).iter().zip(&digits(scalar, &x, w)).all(|(a, b)| a.0 == b.0));
+        assert!(blocks(amx, &x, [&low, &high]).iter().zip(&blocks(scalar, &x, [&low, &high])).all(|(a, b)| a.0 == b.0));
         let scale = low[0].map(|v| (v & 0xff) * 0x1_0001);
-        assert_eq!(amx.digits(&high[0], &scale, 32), scalar.digits(&high[0], &scale, 32));
+        assert_eq!(amx.digits::<5>(&high[0], &scale, 32), scalar.digits::<5>(&high[0], &scale, 32));
+        assert_eq!(amx.digits::<8>(&high[0], &scale, 128), scalar.digits::<8>(&high[0], &scale, 128));
     }
 
     /// Of small integers, whose sums are exact in any order; and parts of a float make it up again.

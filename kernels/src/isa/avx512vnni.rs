@@ -6,7 +6,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Bfloats, FloatSums, Isa, Lanes, MatrixDepth, MatrixQuants, MatrixSums, Op, TileShape, TokenDwords, amx, isa_token};
+use super::{Bfloats, FloatSums, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, TileShape, TokenDwords, amx, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -406,7 +406,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     const MATRIX_TILES: bool = AMX;
 
     #[inline(always)]
-    fn digits(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
+    fn digits<const SHIFT: u32>(self, q: &Lanes, scale: &Lanes, offset: i16) -> [Lanes; 2] {
         // SAFETY: AVX-512BW, by the token; 64 readable and writable bytes, by the types.
         unsafe {
             let (q, scale) = (self.load_lanes(q), self.load_lanes(scale));
@@ -414,8 +414,12 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
             // Bytes 0 and 2 of each dword, and 1 and 3.
             let even = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_and_si512(q, bytes), offset), scale);
             let odd = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_srli_epi16::<8>(q), offset), scale);
-            let low = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, even, _mm512_slli_epi16::<8>(odd));
-            let high = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, _mm512_srli_epi16::<8>(even), odd);
+            let (half, most) = (_mm512_set1_epi16(1 << (SHIFT - 1)), _mm512_set1_epi16(127));
+            let high = [even, odd].map(|v| _mm512_min_epi16(_mm512_srai_epi16::<SHIFT>(_mm512_add_epi16(v, half)), most));
+            let [low_even, low_odd] =
+                [(even, high[0]), (odd, high[1])].map(|(v, high)| _mm512_sub_epi16(v, _mm512_slli_epi16::<SHIFT>(high)));
+            let low = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, low_even, _mm512_slli_epi16::<8>(low_odd));
+            let high = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, high[0], _mm512_slli_epi16::<8>(high[1]));
             let mut out = [[0u32; 16]; 2];
             _mm512_storeu_si512(out[0].as_mut_ptr().cast(), low);
             _mm512_storeu_si512(out[1].as_mut_ptr().cast(), high);
@@ -438,18 +442,18 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
-    fn tile_digits<const Q: usize>(self, x: [&MatrixQuants; 2], low: &[Lanes; 64], high: &[Lanes; 64], out: &mut [MatrixSums; 4]) {
+    fn tile_digits(self, x: &MatrixDigits, w: [[&[Lanes; 64]; 2]; 2], out: &mut [MatrixSums; 4]) {
         if AMX {
             // SAFETY: AMX, by the token.
-            unsafe { amx::digits::<Q>(x, low, high, out) }
+            unsafe { amx::digits(x, w, out) }
         }
     }
 
     #[inline(always)]
-    fn tile_blocks<const Q: usize>(self, x: &MatrixQuants, w: &[Lanes; 64], out: &mut [MatrixSums; 8]) {
+    fn tile_blocks(self, x: &MatrixDigits, w: &[Lanes; 64], coarse: &[Lanes; 64], out: &mut [MatrixSums; 9]) {
         if AMX {
             // SAFETY: AMX, by the token.
-            unsafe { amx::blocks::<Q>(x, w, out) }
+            unsafe { amx::blocks(x, w, coarse, out) }
         }
     }
 

@@ -12,8 +12,9 @@
 //! matrix tiles and the values are quantized, blocks of 16 tokens.
 
 use super::MatmulKernel;
+use super::panel::matrix::{LOW_UNITS, SUM_UNITS};
 use super::panel::{FloatBlock, MatrixBlock, QuantizedBlock, SLAB};
-use crate::isa::{self, GROUP, Isa, MATRIX_TOKENS, Op, each};
+use crate::isa::{self, GROUP, Isa, MATRIX_TOKENS, MatrixQuants, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -252,9 +253,10 @@ impl Activations {
         let (g, t_in) = (t / GROUP, t % GROUP);
         let value = |i: usize| match (self.in_panels(), self.format) {
             (true, ActivationFormat::Float) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
-            (true, f) if self.for_matrix_tiles => {
+            (true, _) if self.for_matrix_tiles => {
                 let (b, t) = (&self.matrix_slab(i / SLAB)[t / MATRIX_TOKENS], t % MATRIX_TOKENS);
-                b.d[i % SLAB / f.run_len()][t] * f32::from(b.q[i % SLAB / 64][t][i % 64])
+                let value = |q: &MatrixQuants| f32::from(q[i % SLAB / 64][t][i % 64]);
+                b.d[i % SLAB / 32][t] * value(&b.q.high) + b.d_low[t] * value(&b.q.low)
             }
             (true, f) => {
                 let b = &self.slab(i / SLAB)[g];
@@ -335,6 +337,9 @@ impl Fill {
     }
 }
 
+/// 1.5 · 2^23: adding it rounds to an integer.
+const MAGIC: f32 = 12_582_912.0;
+
 /// 256 values of a token, quantized.
 struct Quantized {
     q: [u8; SLAB],
@@ -354,6 +359,22 @@ fn quantize_slab<I: Isa>(isa: I, x: &[f32], format: ActivationFormat) -> Quantiz
     }
     let sums_16 = sums_of_16(isa, &[1; SLAB], &q);
     Quantized { q, d, sums_16 }
+}
+
+/// What d · q leaves of x, in units of `unit`, as bytes.
+#[inline(always)]
+fn residuals(x: &[f32], q: &[u8; SLAB], d: &[f32; 8], unit: f32) -> [u8; SLAB] {
+    let mut out = [0; SLAB];
+    let inverse = if unit > 0.0 { 1.0 / unit } else { 0.0 };
+    for (i, out) in out.chunks_exact_mut(32).enumerate() {
+        let d = d[i] * inverse;
+        let x = &x[(32 * i).min(x.len())..(32 * i + 32).min(x.len())];
+        for ((out, x), q) in out.iter_mut().zip(x).zip(&q[32 * i..]) {
+            let r = x * inverse - f32::from(*q as i8) * d + MAGIC;
+            *out = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
+        }
+    }
+    out
 }
 
 /// Two 16-bit sums in one.
@@ -393,16 +414,30 @@ impl PanelBlock for MatrixBlock {
 
     #[inline(always)]
     fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
-        let Quantized { q, d, sums_16 } = quantize_slab(isa, x, format);
-        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<64>().0) {
-            out[t] = q.map(|v| v as i8);
+        let Quantized { q, d, sums_16: high_16 } = quantize_slab(isa, x, format);
+        let d_low = match format {
+            ActivationFormat::Q8Per256 => d[0] / LOW_UNITS as f32,
+            // What rounding leaves is at most d / 2.
+            _ => d.iter().fold(0.0f32, |m, d| if *d > m { *d } else { m }) / 254.0,
+        };
+        let low = residuals(x, &q, &d, d_low);
+        let low_16 = sums_of_16(isa, &[1; SLAB], &low);
+        for (out, (q, low)) in self.q.high.iter_mut().zip(&mut self.q.low).zip(q.as_chunks::<64>().0.iter().zip(low.as_chunks::<64>().0)) {
+            out.0[t] = q.map(|v| v as i8);
+            out.1[t] = low.map(|v| v as i8);
         }
-        let sums_32: [i32; 8] = each!(8, |s| sums_16[2 * s] + sums_16[2 * s + 1]);
+        self.d_low[t] = d_low;
+        // Meant for `Q8Per256`.
+        let units = |high: i32, low: i32| SUM_UNITS * high + (low + LOW_UNITS / SUM_UNITS / 2).div_euclid(LOW_UNITS / SUM_UNITS);
+        let sums_16: [i32; 16] = each!(16, |s| units(high_16[s], low_16[s]));
+        let high_32: [i32; 8] = each!(8, |s| high_16[2 * s] + high_16[2 * s + 1]);
+        let low_32: [i32; 8] = each!(8, |s| low_16[2 * s] + low_16[2 * s + 1]);
         for s in 0..8 {
             self.d[s][t] = d[s];
-            self.offsets_32[s][t] = sums_32[s] as f32 * d[s];
+            self.offsets_32[s][t] = high_32[s] as f32 * d[s] + low_32[s] as f32 * d_low;
             self.pairs_16[s][t] = pair(sums_16[2 * s], sums_16[2 * s + 1]);
         }
+        let sums_32: [i32; 8] = each!(8, |s| units(high_32[s], low_32[s]));
         for s in 0..4 {
             self.pairs_32[s][t] = pair(sums_32[2 * s], sums_32[2 * s + 1]);
         }
@@ -540,7 +575,6 @@ impl<B: PanelBlock> Op for FillSlab<'_, '_, B> {
 /// Quantizes one run (shorter at the end of a row) to i8, as bytes, and returns its scale.
 #[inline(always)]
 fn quantize_run(x: &[f32], q: &mut [u8]) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
     let mut peaks = [0.0f32; 16];
     let mut chunks = x.chunks_exact(16);
     for c in &mut chunks {

@@ -33,7 +33,7 @@ fn array<const N: usize>(b: &[u8], at: usize) -> &[u8; N] {
 }
 
 macro_rules! legacy {
-    ($name:ident, $codec:ty, signed: $signed:literal, zero: $zero:literal, min: $min:expr, fifth: $fifth:expr, at: $at:literal) => {
+    ($name:ident, $codec:ty, max: $max:literal, signed: $signed:literal, zero: $zero:literal, min: $min:expr, fifth: $fifth:expr, at: $at:literal) => {
         pub struct $name;
 
         impl Unpack for $name {
@@ -57,6 +57,7 @@ macro_rules! legacy {
         impl PanelWeights for $name {
             type Codec = $codec;
             type Panel = FloatScales;
+            const MAX: i32 = $max;
             const SIGNED: bool = $signed;
             const OFFSET: i32 = $zero;
             const MINS: bool = <$name as Unpack>::MIN.is_some();
@@ -69,11 +70,11 @@ macro_rules! legacy {
     };
 }
 
-legacy!(Q4_0, blocks::q4_0::Q4_0, signed: false, zero: 8, min: None, fifth: None, at: 2);
-legacy!(Q4_1, blocks::q4_1::Q4_1, signed: false, zero: 0, min: Some(2), fifth: None, at: 4);
-legacy!(Q5_0, blocks::q5_0::Q5_0, signed: false, zero: 16, min: None, fifth: Some(2), at: 6);
-legacy!(Q5_1, blocks::q5_1::Q5_1, signed: false, zero: 0, min: Some(2), fifth: Some(4), at: 8);
-legacy!(Q8_0, blocks::q8_0::Q8_0, signed: true, zero: 0, min: None, fifth: None, at: 2);
+legacy!(Q4_0, blocks::q4_0::Q4_0, max: 15, signed: false, zero: 8, min: None, fifth: None, at: 2);
+legacy!(Q4_1, blocks::q4_1::Q4_1, max: 15, signed: false, zero: 0, min: Some(2), fifth: None, at: 4);
+legacy!(Q5_0, blocks::q5_0::Q5_0, max: 31, signed: false, zero: 16, min: None, fifth: Some(2), at: 6);
+legacy!(Q5_1, blocks::q5_1::Q5_1, max: 31, signed: false, zero: 0, min: Some(2), fifth: Some(4), at: 8);
+legacy!(Q8_0, blocks::q8_0::Q8_0, max: 255, signed: true, zero: 0, min: None, fifth: None, at: 2);
 
 /// The bytes of the last blocks of a row, fewer than four, filled up with zeros, which decode to zeros.
 #[inline(always)]

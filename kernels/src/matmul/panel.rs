@@ -84,6 +84,8 @@ pub trait PanelWeights: Send + Sync + 'static {
     const SIGNED: bool = false;
     /// Columns that share an integer scale: 16 or 32.
     const SUB: usize = 32;
+    /// Of |scale · (q − OFFSET)|, for types with integer scales: at most 4096.
+    const LARGEST: i32 = 4096;
     const MINS: bool = false;
 
     /// One slab of 16 rows, `SLAB / LEN · BYTES` bytes each.

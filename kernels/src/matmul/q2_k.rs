@@ -55,6 +55,7 @@ impl PanelWeights for Dot {
     type Panel = IntegerScales;
     const MAX: i32 = 3;
     const SUB: usize = 16;
+    const LARGEST: i32 = 15 * 3;
     const MINS: bool = true;
 
     #[inline(always)]

@@ -71,6 +71,7 @@ impl PanelWeights for Dot {
     const MAX: i32 = 7;
     const OFFSET: i32 = 4;
     const SUB: usize = 16;
+    const LARGEST: i32 = 32 * 4;
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {

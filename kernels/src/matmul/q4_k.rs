@@ -112,6 +112,7 @@ impl PanelWeights for Dot {
     type Codec = blocks::q4_k::Q4K;
     type Panel = IntegerScales;
     const MAX: i32 = 15;
+    const LARGEST: i32 = 63 * 15;
     const MINS: bool = true;
 
     #[inline(always)]

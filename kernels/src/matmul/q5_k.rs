@@ -24,6 +24,7 @@ impl PanelWeights for Dot {
     type Codec = blocks::q5_k::Q5K;
     type Panel = IntegerScales;
     const MAX: i32 = 31;
+    const LARGEST: i32 = 63 * 31;
     const MINS: bool = true;
 
     #[inline(always)]

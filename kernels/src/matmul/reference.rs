@@ -2,14 +2,26 @@
 //! activations a kernel sees. Every row of the table is compared with it.
 
 use super::activation::Activations;
+use super::panel::SLAB;
 use gguf::BlockType;
 
-/// (products, Σ |weight·activation|), each tokens × rows; the second scales the tolerance.
-pub fn matmul(block: &BlockType, weights: &[u8], rows: usize, acts: &Activations) -> (Vec<f64>, Vec<f64>) {
+/// Each tokens × rows.
+#[derive(Default)]
+pub struct Reference {
+    pub products: Vec<f64>,
+    /// Σ |weight·activation|, which [`super::MatmulKernel::tolerance`] is a share of.
+    pub sizes: Vec<f64>,
+    /// Columns · max |weight| · max |activation|, summed over slabs: what [`super::panel::matrix::LEFT_OUT`] is a share of.
+    pub peaks: Vec<f64>,
+}
+
+pub fn matmul(block: &BlockType, weights: &[u8], rows: usize, acts: &Activations) -> Reference {
     let cols = acts.cols();
     let row_bytes = block.bytes_for(cols as u64) as usize;
     let mut w = vec![0.0f32; cols];
-    let (mut out, mut scale) = (vec![0.0; acts.n_tokens() * rows], vec![0.0; acts.n_tokens() * rows]);
+    let zeros = || vec![0.0; acts.n_tokens() * rows];
+    let mut out = Reference { products: zeros(), sizes: zeros(), peaks: zeros() };
+    let peak = |v: &[f32]| v.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
     let xs: Vec<Vec<f32>> = (0..acts.n_tokens()).map(|t| acts.dequantized(t)).collect();
     for r in 0..rows {
         if let Some(decode) = block.decode {
@@ -18,10 +30,13 @@ pub fn matmul(block: &BlockType, weights: &[u8], rows: usize, acts: &Activations
         for (t, x) in xs.iter().enumerate() {
             for (w, x) in w.iter().zip(x) {
                 let p = f64::from(*w) * f64::from(*x);
-                out[t * rows + r] += p;
-                scale[t * rows + r] += p.abs();
+                out.products[t * rows + r] += p;
+                out.sizes[t * rows + r] += p.abs();
+            }
+            for (w, x) in w.chunks(SLAB).zip(x.chunks(SLAB)) {
+                out.peaks[t * rows + r] += w.len() as f64 * peak(w) * peak(x);
             }
         }
     }
-    (out, scale)
+    out
 }

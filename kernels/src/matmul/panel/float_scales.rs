@@ -7,6 +7,7 @@
 //!     C += p · (d · d_x)  +  m · (d_x·Σx)      (float, 16 rows in lanes)
 //! ```
 
+use super::matrix::PANELS;
 use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
 use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, each};
 use crate::matmul::activation::Activations;
@@ -75,65 +76,107 @@ impl Panel for FloatScales {
     }
 }
 
-/// For matrix tiles: q − OFFSET as signed bytes.
+/// For matrix tiles: q − OFFSET as signed bytes, and the weights with one scale a row for the low digits of activations,
+/// small themselves, so that these are summed over all 256 columns at once:
+///
+/// ```text
+/// C += Σ over blocks d · d_x · Σ q·xhigh  +  d_coarse · d_xlow · Σ coarse·xlow
+/// ```
 #[repr(C, align(64))]
 pub struct SignedBytes {
     q: [Lanes; STEPS],
+    coarse: [Lanes; STEPS],
+    d_coarse: [f32; LANES],
     d: [[f32; LANES]; 8],
     m: [[f32; LANES]; 8],
 }
 
 impl MatrixPanel for SignedBytes {
     type From = FloatScales;
-    type Sums = [MatrixSums; 8];
-    const EMPTY: Self = SignedBytes { q: [[0; LANES]; STEPS], d: [[0.0; LANES]; 8], m: [[0.0; LANES]; 8] };
-    const NO_SUMS: [MatrixSums; 8] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 8];
+    type Sums = [MatrixSums; 9];
+    const EMPTY: Self = SignedBytes {
+        q: [[0; LANES]; STEPS],
+        coarse: [[0; LANES]; STEPS],
+        d_coarse: [0.0; LANES],
+        d: [[0.0; LANES]; 8],
+        m: [[0.0; LANES]; 8],
+    };
+    const NO_SUMS: [MatrixSums; 9] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 9];
     const DEPTH: MatrixDepth = MatrixDepth::Columns32;
-    const BLOCKS: usize = 1;
+    const A_STEP: usize = 1;
 
     #[inline(always)]
-    fn arrange<I: Isa, W: PanelWeights<Panel = FloatScales>>(&mut self, _isa: I, p: &FloatScales) {
+    fn arrange<I: Isa, W: PanelWeights<Panel = FloatScales>>(&mut self, isa: I, p: &FloatScales) {
         const BYTES: u32 = 0x0101_0101;
         const TOP: u32 = 128 * BYTES;
-        for (out, q) in self.q.iter_mut().zip(&p.q) {
+        // As one run of dwords: row by row the compiler gathers them across rows.
+        for (out, q) in self.q.as_flattened_mut().iter_mut().zip(p.q.as_flattened()) {
             // With its top bit set no byte borrows from the next.
-            *out = if W::SIGNED {
-                each!(LANES, |r| q[r] ^ (I::SIGNED_BIAS as u32 * BYTES))
-            } else {
-                each!(LANES, |r| ((q[r] | TOP) - W::OFFSET as u32 * BYTES) ^ TOP)
-            };
+            *out = if W::SIGNED { q ^ (I::SIGNED_BIAS as u32 * BYTES) } else { ((q | TOP) - W::OFFSET as u32 * BYTES) ^ TOP };
         }
         (self.d, self.m) = (p.d, p.m);
+        match if W::SIGNED { 128 } else { W::OFFSET.max(W::MAX - W::OFFSET) } {
+            ..=8 => self.arrange_coarse::<I, W, 4>(isa, p),
+            9..=16 => self.arrange_coarse::<I, W, 5>(isa, p),
+            17..=32 => self.arrange_coarse::<I, W, 6>(isa, p),
+            _ => self.arrange_coarse::<I, W, 8>(isa, p),
+        }
     }
 
     #[inline(always)]
-    fn products<I: Isa, const Q: usize>(&self, isa: I, x: [&MatrixBlock; 2], out: &mut [MatrixSums; 8]) {
-        isa.tile_blocks::<Q>(&x[0].q, &self.q, out);
+    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut [MatrixSums; 9]) {
+        isa.tile_blocks(&x.q, &panels[first].q, &panels[first].coarse, out);
     }
 
     #[inline(always)]
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = FloatScales>, const Q: usize>(
+    fn add_scaled<I: Isa, W: PanelWeights<Panel = FloatScales>>(
         &self,
         isa: I,
-        _b: usize,
+        _p: usize,
         x: &MatrixBlock,
-        sums: &[MatrixSums; 8],
+        sums: &[MatrixSums; 9],
         c: &mut [Sums; MATRIX_TOKENS],
     ) {
-        let first = 4 * Q;
-        let mut y = each!(4, |t| isa.load_float(&c[first + t].0));
-        for block in 0..8 {
-            let (d, m) = (isa.load_float(&self.d[block]), isa.load_float(&self.m[block]));
-            for t in 0..4 {
-                let p = isa.mul(isa.to_float(isa.load_int(&sums[block].0[first + t])), d);
-                y[t] = isa.mul_add(p, isa.splat(x.d[block][first + t]), y[t]);
-                if W::MINS {
-                    y[t] = isa.mul_add(m, isa.splat(x.offsets_32[block][first + t]), y[t]);
+        let d_coarse = isa.load_float(&self.d_coarse);
+        for first in (0..MATRIX_TOKENS).step_by(4) {
+            let mut y = each!(4, |t| {
+                let p = isa.mul(isa.to_float(isa.load_int(&sums[8].0[first + t])), d_coarse);
+                isa.mul_add(p, isa.splat(x.d_low[first + t]), isa.load_float(&c[first + t].0))
+            });
+            for block in 0..8 {
+                let (d, m) = (isa.load_float(&self.d[block]), isa.load_float(&self.m[block]));
+                for t in 0..4 {
+                    let p = isa.mul(isa.to_float(isa.load_int(&sums[block].0[first + t])), d);
+                    y[t] = isa.mul_add(p, isa.splat(x.d[block][first + t]), y[t]);
+                    if W::MINS {
+                        y[t] = isa.mul_add(m, isa.splat(x.offsets_32[block][first + t]), y[t]);
+                    }
                 }
             }
+            for t in 0..4 {
+                isa.store_float(y[t], &mut c[first + t].0);
+            }
         }
-        for t in 0..4 {
-            isa.store_float(y[t], &mut c[first + t].0);
+    }
+}
+
+impl SignedBytes {
+    /// `BITS`: one more than of the largest |q − OFFSET|, so that d = LARGEST for a block makes of it about 127.
+    #[inline(always)]
+    fn arrange_coarse<I: Isa, W: PanelWeights<Panel = FloatScales>, const BITS: u32>(&mut self, isa: I, p: &FloatScales) {
+        const LARGEST: f32 = 254.0;
+        let mut peak = [0.0f32; LANES];
+        for d in &p.d {
+            peak = each!(LANES, |r| if d[r].abs() > peak[r] { d[r].abs() } else { peak[r] });
         }
+        let inverse: [f32; LANES] = each!(LANES, |r| if peak[r] > 0.0 { LARGEST / peak[r] } else { 0.0 });
+        let offset = if W::SIGNED { I::SIGNED_BIAS } else { W::OFFSET } as i16;
+        for (b, d) in p.d.iter().enumerate() {
+            let scale = each!(LANES, |r| ((d[r] * inverse[r]).round_ties_even() as i32 as u32 & 0xffff) * 0x1_0001);
+            for step in 8 * b..8 * b + 8 {
+                [_, self.coarse[step]] = isa.digits::<BITS>(&p.q[step], &scale, offset);
+            }
+        }
+        self.d_coarse = each!(LANES, |r| peak[r] * (1u32 << BITS) as f32 / LARGEST);
     }
 }

@@ -12,6 +12,7 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
+use super::matrix::{LOW_UNITS, PANELS, SUM_UNITS};
 use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
 use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, TokenInts, each};
 use crate::matmul::activation::Activations;
@@ -158,22 +159,23 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
     }
 }
 
-/// For matrix tiles, scale · (q − OFFSET), which fits in 16 bits for every type, as two digits:
+/// For matrix tiles, w = scale · (q − OFFSET) · 2^k, k such that |w| ≤ 4096, as two digits of base U = LOW_UNITS:
 ///
 /// ```text
-/// Σ scale·(q − OFFSET)·x  =  Σ low·x  +  256 · Σ high·x
+/// w = U·high + low,  x = d_x · (xhigh + xlow/U)
+/// Σ w·x / d_x  =  U · Σ high·xhigh  +  Σ (low·xhigh + high·xlow)  +  Σ low·xlow / U
 /// ```
+///
+/// The last sum is left out: |low| ≤ U, |xlow| ≤ U/2 where |w·xhigh| reaches 4096 · 127.
 #[repr(C, align(64))]
 pub struct Digits {
-    /// Unsigned bytes.
     low: [Lanes; STEPS],
-    /// Signed bytes.
     high: [Lanes; STEPS],
     min_pairs: [Lanes; 8],
     d: [f32; LANES],
-    /// 256 · d.
+    /// U · d.
     d_high: [f32; LANES],
-    /// Negated.
+    /// Negated; of sums in SUM_UNITS.
     dmin: [f32; LANES],
 }
 
@@ -190,41 +192,45 @@ impl MatrixPanel for Digits {
     };
     const NO_SUMS: [MatrixSums; 4] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 4];
     const DEPTH: MatrixDepth = MatrixDepth::Columns64;
-    const BLOCKS: usize = 2;
+    const A_STEP: usize = 2;
 
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = IntegerScales>>(&mut self, isa: I, p: &IntegerScales) {
         let offset = if W::SIGNED { I::SIGNED_BIAS } else { W::OFFSET } as i16;
         let steps = W::SUB / 4;
+        let up = const { (4096 / W::LARGEST).ilog2() };
         for sub in 0..256 / W::SUB {
-            let scale = each!(LANES, |r| (p.scales[sub][r] & 0xffff) * 0x1_0001);
+            let scale = each!(LANES, |r| (p.scales[sub][r] << up & 0xffff) * 0x1_0001);
             for step in sub * steps..(sub + 1) * steps {
-                [self.low[step], self.high[step]] = isa.digits(&p.q[step], &scale, offset);
+                [self.low[step], self.high[step]] = isa.digits::<{ LOW_UNITS.ilog2() }>(&p.q[step], &scale, offset);
             }
         }
-        (self.min_pairs, self.d, self.dmin) = (p.min_pairs, p.d, p.dmin);
-        self.d_high = each!(LANES, |r| 256.0 * p.d[r]);
+        self.min_pairs = p.min_pairs;
+        let (down, sum_unit) = (1.0 / (1 << up) as f32, 1.0 / SUM_UNITS as f32);
+        self.d = each!(LANES, |r| down * p.d[r]);
+        self.d_high = each!(LANES, |r| LOW_UNITS as f32 * down * p.d[r]);
+        self.dmin = each!(LANES, |r| sum_unit * p.dmin[r]);
     }
 
     #[inline(always)]
-    fn products<I: Isa, const Q: usize>(&self, isa: I, x: [&MatrixBlock; 2], out: &mut [MatrixSums; 4]) {
-        isa.tile_digits::<Q>([&x[0].q, &x[1].q], &self.low, &self.high, out);
+    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut [MatrixSums; 4]) {
+        isa.tile_digits(&x.q, [[&panels[first].low, &panels[first].high], [&panels[first + 1].low, &panels[first + 1].high]], out);
     }
 
     #[inline(always)]
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = IntegerScales>, const Q: usize>(
+    fn add_scaled<I: Isa, W: PanelWeights<Panel = IntegerScales>>(
         &self,
         isa: I,
-        b: usize,
+        p: usize,
         x: &MatrixBlock,
         sums: &[MatrixSums; 4],
         c: &mut [Sums; MATRIX_TOKENS],
     ) {
-        let (low, high) = (&sums[2 * b].0, &sums[2 * b + 1].0);
+        let (low, high) = (&sums[2 * p].0, &sums[2 * p + 1].0);
         let (d, d_high, dmin) = (isa.load_float(&self.d), isa.load_float(&self.d_high), isa.load_float(&self.dmin));
         let pairs: &[[i32; MATRIX_TOKENS]] = if W::SUB == 16 { &x.pairs_16 } else { &x.pairs_32 };
         let m = each!(8, |pair| isa.load_int(&self.min_pairs[pair]));
-        for t in 4 * Q..4 * Q + 4 {
+        for t in 0..MATRIX_TOKENS {
             // Both below 2^24, so exact as floats.
             let (low, high) = (isa.to_float(isa.load_int(&low[t])), isa.to_float(isa.load_int(&high[t])));
             let mut y = isa.mul_add(high, d_high, isa.mul(low, d));

@@ -5,31 +5,36 @@
 //! for each 128 rows of weights, on one thread:
 //!     for each slab of 256 columns:
 //!         for each 32 rows: unpack them, as for the register tiles, and put them in a form that tiles take
-//!             for each 16 or 32 tokens:
-//!                 sums = tokens · rows        (tiles; the next ones' run meanwhile)
+//!             for each 16 tokens, for 16 or all 32 of the rows:
+//!                 sums = tokens · rows        (tiles)
 //!                 C   += scales · sums        (vectors)
 //!     out = C
 //! ```
 //!
 //! Integer sub-block scales cannot stay apart: a tile sums over 64 columns at
-//! once. They are multiplied into the quants, and the 16-bit product is two
-//! digits for two products of tiles (`integer_scales.rs`), exactly. Float
-//! scales a 32 keep tiles to 32 columns (`float_scales.rs`).
+//! once. They are multiplied into the quants, and the product is two digits
+//! (`integer_scales.rs`). Float scales a 32 keep tiles to 32 columns
+//! (`float_scales.rs`).
+//!
+//! Tiles multiply so much faster than vectors scale their sums that
+//! activations have a second digit too: what int8 rounds off, the greater part
+//! of what a quantized product is off by where weights have 8 bits. Products
+//! of low digits by low digits are left out.
 //!
 //! Slabs are the outer loop, so that a slab's activations (170 KiB for 512
 //! tokens) are read from L2 by all 128 rows.
 
 use super::{C, LANES, Lines, Panel, PanelWeights, SLAB, Sums};
-use crate::isa::{Isa, MATRIX_TOKENS, MatrixDepth, MatrixQuants, MatrixSums};
+use crate::isa::{Isa, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants, MatrixSums};
 use crate::matmul::activation::Activations;
 use crate::threads::Tile;
 use gguf::blocks::Codec;
 
 /// Rows of weights that are unpacked together, by 16: they share each load of tokens into L1.
-const PANELS: usize = 2;
+pub const PANELS: usize = 2;
 /// Most rows of weights that a slab's activations pass together.
-pub const ROWS: usize = 128;
-/// Tokens of a batch that pass together, a multiple of what any family takes at once.
+pub const ROWS: usize = 256;
+/// Tokens of a batch that pass together.
 pub const TOKENS: usize = 512;
 
 /// Rows of a tile of work: as many as pass together, but enough tiles that the threads end together.
@@ -38,24 +43,35 @@ pub fn rows_per_tile(rows: usize, n_threads: usize) -> usize {
     rows.div_ceil(TILES_A_THREAD * n_threads).next_multiple_of(PANELS * LANES).min(ROWS)
 }
 
-/// 256 columns of 16 tokens, quantized.
+/// What the products left out come to at most, as a share of the reference's peaks: each digit is 1/127 or more of the
+/// largest, a low one rounds off half a unit of it, and a type with mins has quants up to twice its largest weight.
+pub const LEFT_OUT: f32 = 2.0 / (4.0 * 127.0 * 127.0);
+/// Low digits to a high one, of weights and of activations.
+pub const LOW_UNITS: i32 = 32;
+/// The unit of sums of activations is so many to d: 32 · 127 · 8, and what low digits add, fit in 16 bits.
+pub const SUM_UNITS: i32 = 8;
+
+/// 256 columns of 16 tokens, quantized: x ≈ d · high + d_low · low.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub struct MatrixBlock {
-    pub q: MatrixQuants,
+    pub q: MatrixDigits,
     /// Scale of each 32 columns (all equal in `Q8Per256`).
     pub d: [[f32; MATRIX_TOKENS]; 8],
-    /// d · Σ q of each 32.
+    /// Of the low digits; in `Q8Per256` d / [`LOW_UNITS`].
+    pub d_low: [f32; MATRIX_TOKENS],
+    /// Σ x of each 32.
     pub offsets_32: [[f32; MATRIX_TOKENS]; 8],
-    /// Σ q of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
+    /// [`SUM_UNITS`] · Σ x / d of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
     pub pairs_16: [[i32; MATRIX_TOKENS]; 8],
     pub pairs_32: [[i32; MATRIX_TOKENS]; 4],
 }
 
 impl MatrixBlock {
     pub const EMPTY: MatrixBlock = MatrixBlock {
-        q: [[[0; 64]; MATRIX_TOKENS]; 4],
+        q: MatrixDigits { high: [[[0; 64]; MATRIX_TOKENS]; 4], low: [[[0; 64]; MATRIX_TOKENS]; 4] },
         d: [[0.0; MATRIX_TOKENS]; 8],
+        d_low: [0.0; MATRIX_TOKENS],
         offsets_32: [[0.0; MATRIX_TOKENS]; 8],
         pairs_16: [[0; MATRIX_TOKENS]; 8],
         pairs_32: [[0; MATRIX_TOKENS]; 4],
@@ -71,29 +87,22 @@ pub trait MatrixPanel: Sized {
     const EMPTY: Self;
     const NO_SUMS: Self::Sums;
     const DEPTH: MatrixDepth;
-    /// Blocks of 16 tokens a step: 1 or 2.
-    const BLOCKS: usize;
+    /// Panels a step: 1, or all.
+    const A_STEP: usize;
 
     /// From what was unpacked.
     fn arrange<I: Isa, W: PanelWeights<Panel = Self::From>>(&mut self, isa: I, panel: &Self::From);
-    /// Quarter Q of a step's products, Q from 0 to 3 in turn. Where only one block is left it is given twice.
-    fn products<I: Isa, const Q: usize>(&self, isa: I, x: [&MatrixBlock; 2], out: &mut Self::Sums);
-    /// C (of 16 tokens; quarter Q of them) += block `b`'s products, scaled.
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = Self::From>, const Q: usize>(
+    /// The products of `panels` from `first` on.
+    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut Self::Sums);
+    /// C (of 16 tokens) += the products of this panel, the step's `p`-th, scaled.
+    fn add_scaled<I: Isa, W: PanelWeights<Panel = Self::From>>(
         &self,
         isa: I,
-        b: usize,
+        p: usize,
         x: &MatrixBlock,
         sums: &Self::Sums,
         c: &mut [Sums; MATRIX_TOKENS],
     );
-}
-
-/// One product of tiles: which panel, which blocks of tokens from which on.
-#[derive(Clone, Copy)]
-struct Step {
-    panel: usize,
-    block: usize,
 }
 
 /// Fills `tile` (tokens × rows; the first token is a multiple of 16) from `weights`.
@@ -106,7 +115,7 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
     let slab_bytes = SLAB / W::Codec::LEN * W::Codec::BYTES;
     let mut panel = W::Panel::EMPTY;
     let mut matrices = [const { Matrix::<W>::EMPTY }; PANELS];
-    let mut sums = [Matrix::<W>::NO_SUMS; 2];
+    let mut sums = Matrix::<W>::NO_SUMS;
     let mut c = C.take();
     let padded = blocks.len() * MATRIX_TOKENS;
     c.clear();
@@ -124,40 +133,29 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
             let (row, from) = if rows + PANELS * LANES < cols.end { (rows + PANELS * LANES, slab) } else { (cols.start, slab + 1) };
             let at = weights.as_ptr().wrapping_add(row * row_bytes + from * slab_bytes);
             let mut ahead = Lines::new(at, PANELS * LANES, slab_bytes.div_ceil(64), row_bytes);
-            let pairs_a_step = (ahead.left / 2).div_ceil(PANELS * x.len().div_ceil(Matrix::<W>::BLOCKS));
-            let mut before: Option<Step> = None;
-            let mut turn = 0;
-            let steps = (0..x.len()).step_by(Matrix::<W>::BLOCKS);
-            for step in steps.flat_map(|block| [Step { panel: 0, block }, Step { panel: 1, block }]).map(Some).chain([None]) {
-                let [out, done] = &mut sums;
-                let (out, done) = if turn == 0 { (out, done) } else { (done, out) };
-                turn = 1 - turn;
-                // Tiles run while the vectors scale what the ones before them left, a quarter of each in turn.
-                macro_rules! quarter {
-                    ($q:literal) => {
-                        if let Some(s) = step {
-                            let x = [&x[s.block], &x[(s.block + 1).min(x.len() - 1)]];
-                            matrices[s.panel].products::<I, $q>(isa, x, out);
-                            prefetch::<I>(isa, x, s.panel, $q, Matrix::<W>::BLOCKS);
-                            // The sums that these products will be added to.
-                            let at = s.panel * padded + s.block * MATRIX_TOKENS;
-                            for t in $q * 4 * Matrix::<W>::BLOCKS..($q + 1) * 4 * Matrix::<W>::BLOCKS {
-                                isa.prefetch(c.as_ptr().wrapping_add(at + t).cast());
-                            }
+            let a_step = Matrix::<W>::A_STEP;
+            let pairs_a_step = (ahead.left / 2).div_ceil(PANELS / a_step * x.len());
+            for (block, x) in x.iter().enumerate() {
+                for first in (0..PANELS).step_by(a_step) {
+                    let at = |panel: usize| panel * padded + block * MATRIX_TOKENS;
+                    // The sums that these products will be added to.
+                    for panel in first..first + a_step {
+                        for t in 0..MATRIX_TOKENS {
+                            isa.prefetch(c.as_ptr().wrapping_add(at(panel) + t).cast());
                         }
-                        if let Some(s) = before {
-                            scale::<I, W, $q>(isa, &matrices[s.panel], s, x, done, &mut c[s.panel * padded..]);
-                        }
-                    };
+                    }
+                    Matrix::<W>::products(isa, &matrices, first, x, &mut sums);
+                    if first + a_step == PANELS {
+                        prefetch_start::<I>(isa, x);
+                    }
+                    for p in 0..a_step {
+                        let c = c[at(first + p)..].first_chunk_mut().expect("C has room for every block");
+                        matrices[first + p].add_scaled::<I, W>(isa, p, x, &sums, c);
+                    }
+                    for _ in 0..pairs_a_step {
+                        ahead.prefetch_two(isa);
+                    }
                 }
-                quarter!(0);
-                quarter!(1);
-                quarter!(2);
-                quarter!(3);
-                for _ in 0..pairs_a_step {
-                    ahead.prefetch_two(isa);
-                }
-                before = step;
             }
         }
     }
@@ -176,32 +174,13 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
     C.set(c);
 }
 
-/// Brings quants of the blocks after `x` near, in parts, one a quarter of each panel's step: from L2 while tiles run,
-/// instead of while they wait (7 % of a Q4_K matrix).
+/// Brings near what the block after `x` begins with, while vectors scale; more of it would push the panels out of L1.
 #[inline(always)]
-fn prefetch<I: Isa>(isa: I, x: [&MatrixBlock; 2], panel: usize, quarter: usize, blocks: usize) {
-    const LINES: usize = size_of::<MatrixQuants>() / 64;
-    let (parts, part) = (PANELS * 4, 4 * panel + quarter);
-    for line in part * blocks * LINES / parts..(part + 1) * blocks * LINES / parts {
-        let next = (&raw const *x[0]).wrapping_add(blocks + line / LINES);
-        isa.prefetch(next.cast::<u8>().wrapping_add(line % LINES * 64));
-    }
-}
-
-#[inline(always)]
-fn scale<I: Isa, W: PanelWeights, const Q: usize>(
-    isa: I,
-    matrix: &<W::Panel as Panel>::Matrix,
-    step: Step,
-    x: &[MatrixBlock],
-    sums: &<<W::Panel as Panel>::Matrix as MatrixPanel>::Sums,
-    c: &mut [Sums],
-) {
-    for b in 0..<W::Panel as Panel>::Matrix::BLOCKS {
-        if let Some(x) = x.get(step.block + b) {
-            let c = c[(step.block + b) * MATRIX_TOKENS..].first_chunk_mut().expect("C has room for every block");
-            matrix.add_scaled::<I, W, Q>(isa, b, x, sums, c);
-        }
+fn prefetch_start<I: Isa>(isa: I, x: &MatrixBlock) {
+    let next = (&raw const *x).wrapping_add(1).cast::<u8>();
+    for line in 0..MATRIX_TOKENS {
+        isa.prefetch(next.wrapping_add(64 * line));
+        isa.prefetch(next.wrapping_add(64 * line + size_of::<MatrixQuants>()));
     }
 }
 
@@ -214,11 +193,11 @@ impl<P: Panel<Matrix = Self>> MatrixPanel for NoMatrix<P> {
     const EMPTY: Self = NoMatrix(std::marker::PhantomData);
     const NO_SUMS: [MatrixSums; 0] = [];
     const DEPTH: MatrixDepth = MatrixDepth::Columns64;
-    const BLOCKS: usize = 1;
+    const A_STEP: usize = 1;
 
     fn arrange<I: Isa, W: PanelWeights<Panel = P>>(&mut self, _: I, _: &P) {}
-    fn products<I: Isa, const Q: usize>(&self, _: I, _: [&MatrixBlock; 2], _: &mut [MatrixSums; 0]) {}
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = P>, const Q: usize>(
+    fn products<I: Isa>(_: I, _: &[Self; PANELS], _: usize, _: &MatrixBlock, _: &mut [MatrixSums; 0]) {}
+    fn add_scaled<I: Isa, W: PanelWeights<Panel = P>>(
         &self,
         _: I,
         _: usize,
