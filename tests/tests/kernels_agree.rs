@@ -139,6 +139,23 @@ fn activations_round_to_the_nearest() {
             }
             assert!(row.q[cols..].iter().all(|&q| q == 0));
         }
+        // Many tokens: where there are matrix tiles, with a second digit.
+        let scales: Vec<Vec<f32>> = (0..3).map(|t| acts.row(t).d.to_vec()).collect();
+        let many: Vec<f32> = x.iter().cycle().take(20 * x.len() / 3).copied().collect();
+        acts.quantize(&pool, &many, cols);
+        for t in 0..20 {
+            let y = acts.dequantized(t);
+            for (i, (x, y)) in x[t % 3 * cols..].iter().zip(&y).enumerate() {
+                let slab = &scales[t % 3][i / 256 * (256 / run)..][..256 / run];
+                let largest = slab.iter().fold(0.0f32, |m, d| m.max(*d));
+                let most = match (kernels::isa::has_matrix_tiles(), format) {
+                    (false, _) => scales[t % 3][i / run] / 2.0,
+                    (true, kernels::ActivationFormat::Q8Per256) => largest / 64.0,
+                    (true, _) => largest / 508.0,
+                };
+                assert!((x - y).abs() <= most * 1.001 + x.abs() * 1e-6, "{format:?} token {t} of 20, value {i}: {y} instead of {x}");
+            }
+        }
     }
 }
 

@@ -415,11 +415,12 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
             let even = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_and_si512(q, bytes), offset), scale);
             let odd = _mm512_mullo_epi16(_mm512_sub_epi16(_mm512_srli_epi16::<8>(q), offset), scale);
             let (half, most) = (_mm512_set1_epi16(1 << (SHIFT - 1)), _mm512_set1_epi16(127));
-            let high = [even, odd].map(|v| _mm512_min_epi16(_mm512_srai_epi16::<SHIFT>(_mm512_add_epi16(v, half)), most));
-            let [low_even, low_odd] =
-                [(even, high[0]), (odd, high[1])].map(|(v, high)| _mm512_sub_epi16(v, _mm512_slli_epi16::<SHIFT>(high)));
+            let high_even = _mm512_min_epi16(_mm512_srai_epi16::<SHIFT>(_mm512_add_epi16(even, half)), most);
+            let high_odd = _mm512_min_epi16(_mm512_srai_epi16::<SHIFT>(_mm512_add_epi16(odd, half)), most);
+            let low_even = _mm512_sub_epi16(even, _mm512_slli_epi16::<SHIFT>(high_even));
+            let low_odd = _mm512_sub_epi16(odd, _mm512_slli_epi16::<SHIFT>(high_odd));
             let low = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, low_even, _mm512_slli_epi16::<8>(low_odd));
-            let high = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, high[0], _mm512_slli_epi16::<8>(high[1]));
+            let high = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, high_even, _mm512_slli_epi16::<8>(high_odd));
             let mut out = [[0u32; 16]; 2];
             _mm512_storeu_si512(out[0].as_mut_ptr().cast(), low);
             _mm512_storeu_si512(out[1].as_mut_ptr().cast(), high);
