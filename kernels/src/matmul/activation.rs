@@ -427,19 +427,22 @@ impl PanelBlock for MatrixBlock {
             out.1[t] = low.map(|v| v as i8);
         }
         self.d_low[t] = d_low;
-        // Meant for `Q8Per256`.
-        let units = |high: i32, low: i32| SUM_UNITS * high + (low + LOW_UNITS / SUM_UNITS / 2).div_euclid(LOW_UNITS / SUM_UNITS);
-        let sums_16: [i32; 16] = each!(16, |s| units(high_16[s], low_16[s]));
         let high_32: [i32; 8] = each!(8, |s| high_16[2 * s] + high_16[2 * s + 1]);
         let low_32: [i32; 8] = each!(8, |s| low_16[2 * s] + low_16[2 * s + 1]);
         for s in 0..8 {
             self.d[s][t] = d[s];
             self.offsets_32[s][t] = high_32[s] as f32 * d[s] + low_32[s] as f32 * d_low;
-            self.pairs_16[s][t] = pair(sums_16[2 * s], sums_16[2 * s + 1]);
         }
-        let sums_32: [i32; 8] = each!(8, |s| units(high_32[s], low_32[s]));
-        for s in 0..4 {
-            self.pairs_32[s][t] = pair(sums_32[2 * s], sums_32[2 * s + 1]);
+        if format == ActivationFormat::Q8Per256 {
+            let units = |high: i32, low: i32| SUM_UNITS * high + (low + LOW_UNITS / SUM_UNITS / 2).div_euclid(LOW_UNITS / SUM_UNITS);
+            let sum_16 = |s: usize| units(high_16[s], low_16[s]);
+            let sum_32 = |s: usize| units(high_32[s], low_32[s]);
+            for s in 0..8 {
+                self.pairs_16[s][t] = pair(sum_16(2 * s), sum_16(2 * s + 1));
+            }
+            for s in 0..4 {
+                self.pairs_32[s][t] = pair(sum_32(2 * s), sum_32(2 * s + 1));
+            }
         }
     }
 

@@ -84,9 +84,20 @@ pub trait PanelWeights: Send + Sync + 'static {
     const SIGNED: bool = false;
     /// Columns that share an integer scale: 16 or 32.
     const SUB: usize = 32;
+    /// Of |q − OFFSET|.
+    const FARTHEST: i32 = match (Self::SIGNED, Self::OFFSET, Self::MAX - Self::OFFSET) {
+        (true, ..) => 128,
+        (false, below, above) if below > above => below,
+        (false, _, above) => above,
+    };
     /// Of |scale · (q − OFFSET)|, for types with integer scales: at most 4096.
     const LARGEST: i32 = 4096;
     const MINS: bool = false;
+
+    /// What the byte of a panel is that stands for 0.
+    fn zero<I: Isa>() -> i16 {
+        (if Self::SIGNED { I::SIGNED_BIAS } else { Self::OFFSET }) as i16
+    }
 
     /// One slab of 16 rows, `SLAB / LEN · BYTES` bytes each.
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], panel: &mut Self::Panel);

@@ -6,7 +6,6 @@ use super::panel::SLAB;
 use gguf::BlockType;
 
 /// Each tokens × rows.
-#[derive(Default)]
 pub struct Reference {
     pub products: Vec<f64>,
     /// Σ |weight·activation|, which [`super::MatmulKernel::tolerance`] is a share of.

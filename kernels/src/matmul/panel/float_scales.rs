@@ -115,7 +115,7 @@ impl MatrixPanel for SignedBytes {
             *out = if W::SIGNED { q ^ (I::SIGNED_BIAS as u32 * BYTES) } else { ((q | TOP) - W::OFFSET as u32 * BYTES) ^ TOP };
         }
         (self.d, self.m) = (p.d, p.m);
-        match if W::SIGNED { 128 } else { W::OFFSET.max(W::MAX - W::OFFSET) } {
+        match W::FARTHEST {
             ..=8 => self.arrange_coarse::<I, W, 4>(isa, p),
             9..=16 => self.arrange_coarse::<I, W, 5>(isa, p),
             17..=32 => self.arrange_coarse::<I, W, 6>(isa, p),
@@ -170,11 +170,10 @@ impl SignedBytes {
             peak = each!(LANES, |r| if d[r].abs() > peak[r] { d[r].abs() } else { peak[r] });
         }
         let inverse: [f32; LANES] = each!(LANES, |r| if peak[r] > 0.0 { LARGEST / peak[r] } else { 0.0 });
-        let offset = if W::SIGNED { I::SIGNED_BIAS } else { W::OFFSET } as i16;
         for (b, d) in p.d.iter().enumerate() {
             let scale = each!(LANES, |r| ((d[r] * inverse[r]).round_ties_even() as i32 as u32 & 0xffff) * 0x1_0001);
             for step in 8 * b..8 * b + 8 {
-                [_, self.coarse[step]] = isa.digits::<BITS>(&p.q[step], &scale, offset);
+                [_, self.coarse[step]] = isa.digits::<BITS>(&p.q[step], &scale, W::zero::<I>());
             }
         }
         self.d_coarse = each!(LANES, |r| peak[r] * (1u32 << BITS) as f32 / LARGEST);

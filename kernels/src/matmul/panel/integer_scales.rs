@@ -37,7 +37,7 @@ fn is_narrow<W: PanelWeights>(x: &QuantizedBlock) -> bool {
     }
     let size = if W::SUB == 16 { 0 } else { 2 };
     // Without an offset q ≥ 0, so a sum is bounded by one sign's part.
-    let (which, factor) = if W::OFFSET == 0 { (size + 1, W::MAX) } else { (size, W::OFFSET.max(W::MAX - W::OFFSET)) };
+    let (which, factor) = if W::OFFSET == 0 { (size + 1, W::MAX) } else { (size, W::FARTHEST) };
     x.peaks[which] * factor < 1 << 15
 }
 
@@ -196,13 +196,12 @@ impl MatrixPanel for Digits {
 
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = IntegerScales>>(&mut self, isa: I, p: &IntegerScales) {
-        let offset = if W::SIGNED { I::SIGNED_BIAS } else { W::OFFSET } as i16;
         let steps = W::SUB / 4;
         let up = const { (4096 / W::LARGEST).ilog2() };
         for sub in 0..256 / W::SUB {
             let scale = each!(LANES, |r| (p.scales[sub][r] << up & 0xffff) * 0x1_0001);
             for step in sub * steps..(sub + 1) * steps {
-                [self.low[step], self.high[step]] = isa.digits::<{ LOW_UNITS.ilog2() }>(&p.q[step], &scale, offset);
+                [self.low[step], self.high[step]] = isa.digits::<{ LOW_UNITS.ilog2() }>(&p.q[step], &scale, W::zero::<I>());
             }
         }
         self.min_pairs = p.min_pairs;

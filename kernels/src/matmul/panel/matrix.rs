@@ -2,7 +2,7 @@
 //! instruction, whose sums then pass through memory to be scaled.
 //!
 //! ```text
-//! for each 128 rows of weights, on one thread:
+//! for each 256 rows of weights, on one thread:
 //!     for each slab of 256 columns:
 //!         for each 32 rows: unpack them, as for the register tiles, and put them in a form that tiles take
 //!             for each 16 tokens, for 16 or all 32 of the rows:
@@ -21,8 +21,8 @@
 //! of what a quantized product is off by where weights have 8 bits. Products
 //! of low digits by low digits are left out.
 //!
-//! Slabs are the outer loop, so that a slab's activations (170 KiB for 512
-//! tokens) are read from L2 by all 128 rows.
+//! Slabs are the outer loop, so that a slab's activations (320 KiB for 512
+//! tokens) are read from L2 by all 256 rows.
 
 use super::{C, LANES, Lines, Panel, PanelWeights, SLAB, Sums};
 use crate::isa::{Isa, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants, MatrixSums};
@@ -46,6 +46,7 @@ pub fn rows_per_tile(rows: usize, n_threads: usize) -> usize {
 /// What the products left out come to at most, as a share of the reference's peaks: each digit is 1/127 or more of the
 /// largest, a low one rounds off half a unit of it, and a type with mins has quants up to twice its largest weight.
 pub const LEFT_OUT: f32 = 2.0 / (4.0 * 127.0 * 127.0);
+
 /// Low digits to a high one, of weights and of activations.
 pub const LOW_UNITS: i32 = 32;
 /// The unit of sums of activations is so many to d: 32 · 127 · 8, and what low digits add, fit in 16 bits.
@@ -83,7 +84,7 @@ pub trait MatrixPanel: Sized {
     /// Its panel.
     type From: Panel<Matrix = Self>;
     /// Sums of one step.
-    type Sums: AsMut<[MatrixSums]> + Copy;
+    type Sums;
     const EMPTY: Self;
     const NO_SUMS: Self::Sums;
     const DEPTH: MatrixDepth;
