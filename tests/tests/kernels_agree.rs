@@ -69,6 +69,39 @@ fn agrees(pool: &Pool, kernel: &'static dyn MatmulKernel, weights: &[u8], (rows,
     }
 }
 
+/// In matrix tiles, where activations have a second digit, products come near those of floats: near enough that half of
+/// the second digits, or those of half the types, could not be missing.
+#[test]
+fn tiles_lose_less_than_int8() {
+    let pool = Pool::new(2);
+    let (rows, cols, tokens) = (32, 2048, 16);
+    let x = tests::weights(tokens * cols, 8, 50);
+    for kernel in kernels::table().iter().filter(|k| k.uses_matrix_tiles()) {
+        let weights = random_matrix(kernel.block(), rows, cols, 5);
+        let plan = Matmul::with_kernel(&**kernel, rows, cols).unwrap();
+        let run = |x: &[f32]| {
+            let mut acts = Activations::for_kernel(&**kernel);
+            acts.quantize(&pool, x, cols);
+            let mut out = vec![f32::NAN; x.len() / cols * rows];
+            run_group(&pool, &mut [Job { plan, weights: &weights, out: &mut out }], &acts);
+            out
+        };
+        let mut w = vec![0.0; cols];
+        let mut want = vec![0.0f64; tokens * rows];
+        for r in 0..rows {
+            let bytes = kernel.block().bytes_for(cols as u64) as usize;
+            kernel.block().decode.unwrap()(&weights[r * bytes..(r + 1) * bytes], &mut w);
+            for (t, x) in x.chunks(cols).enumerate() {
+                want[t * rows + r] = w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            }
+        }
+        let error = |out: &[f32]| out.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
+        let (at_once, apart) = (error(&run(&x)), error(&x.chunks(cols).flat_map(run).collect::<Vec<f32>>()));
+        println!("{}: {:.4} of int8's error", kernel.name(), at_once / apart);
+        assert!(at_once < apart / 10.0, "{}: {at_once} where int8 loses {apart}", kernel.name());
+    }
+}
+
 /// Activations and weights whose sums are as large as they can be: the narrow way of applying scales must step aside.
 #[test]
 fn the_largest_sums_do_not_overflow() {
@@ -93,6 +126,9 @@ fn the_largest_sums_do_not_overflow() {
         for tokens in [1, 13] {
             for x in [1.0, -1.0] {
                 agrees(&pool, &**kernel, &weights, (rows, cols), &vec![x; tokens * cols]);
+                // Sums that grow from token to token.
+                let growing: Vec<f32> = (0..tokens * cols).map(|i| if i / cols < 7 && i % 3 == 0 { -x } else { x }).collect();
+                agrees(&pool, &**kernel, &weights, (rows, cols), &growing);
             }
         }
     }

@@ -12,8 +12,8 @@
 //! matrix tiles and the values are quantized, blocks of 16 tokens.
 
 use super::MatmulKernel;
-use super::panel::matrix::{LOW_UNITS, SUM_UNITS};
-use super::panel::{FloatBlock, MatrixBlock, QuantizedBlock, SLAB};
+use super::panel::matrix::LOW_UNITS;
+use super::panel::{FloatBlock, MatrixBlock, QuantizedBlock, SLAB, pair};
 use crate::isa::{self, GROUP, Isa, MATRIX_TOKENS, MatrixQuants, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use std::cell::RefCell;
@@ -377,12 +377,6 @@ fn residuals(x: &[f32], q: &[u8; SLAB], d: &[f32; 8], unit: f32) -> [u8; SLAB] {
     out
 }
 
-/// Two 16-bit sums in one.
-#[inline(always)]
-fn pair(low: i32, high: i32) -> i32 {
-    (low & 0xffff) | (high << 16)
-}
-
 /// A block of a panel, filled token by token.
 trait PanelBlock: Send + Sync + Clone {
     const EMPTY: Self;
@@ -434,14 +428,21 @@ impl PanelBlock for MatrixBlock {
             self.offsets_32[s][t] = high_32[s] as f32 * d[s] + low_32[s] as f32 * d_low;
         }
         if format == ActivationFormat::Q8Per256 {
-            let units = |high: i32, low: i32| SUM_UNITS * high + (low + LOW_UNITS / SUM_UNITS / 2).div_euclid(LOW_UNITS / SUM_UNITS);
-            let sum_16 = |s: usize| units(high_16[s], low_16[s]);
-            let sum_32 = |s: usize| units(high_32[s], low_32[s]);
+            let sums_16: [i32; 16] = each!(16, |s| LOW_UNITS * high_16[s] + low_16[s]);
+            let sums_32: [i32; 8] = each!(8, |s| sums_16[2 * s] + sums_16[2 * s + 1]);
+            let peak = sums_16.iter().chain(&sums_32).fold(0, |m, s| s.abs().max(m));
+            if t == 0 {
+                self.sum_shift = 0;
+            }
+            while peak >> self.sum_shift >= 1 << 15 {
+                self.halve_sums();
+            }
+            let shift = self.sum_shift;
             for s in 0..8 {
-                self.pairs_16[s][t] = pair(sum_16(2 * s), sum_16(2 * s + 1));
+                self.pairs_16[s][t] = pair(sums_16[2 * s] >> shift, sums_16[2 * s + 1] >> shift);
             }
             for s in 0..4 {
-                self.pairs_32[s][t] = pair(sum_32(2 * s), sum_32(2 * s + 1));
+                self.pairs_32[s][t] = pair(sums_32[2 * s] >> shift, sums_32[2 * s + 1] >> shift);
             }
         }
     }

@@ -40,6 +40,12 @@ pub const STEPS: usize = SLAB / 4;
 /// Rows in lanes.
 pub const LANES: usize = 16;
 
+/// Two 16-bit sums in one.
+#[inline(always)]
+pub fn pair(low: i32, high: i32) -> i32 {
+    (low & 0xffff) | (high << 16)
+}
+
 /// 256 columns of a group of tokens, quantized.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]

@@ -12,7 +12,7 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::matrix::{LOW_UNITS, PANELS, SUM_UNITS};
+use super::matrix::{LOW_UNITS, PANELS};
 use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
 use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, TokenInts, each};
 use crate::matmul::activation::Activations;
@@ -175,7 +175,7 @@ pub struct Digits {
     d: [f32; LANES],
     /// U · d.
     d_high: [f32; LANES],
-    /// Negated; of sums in SUM_UNITS.
+    /// Negated.
     dmin: [f32; LANES],
 }
 
@@ -204,11 +204,10 @@ impl MatrixPanel for Digits {
                 [self.low[step], self.high[step]] = isa.digits::<{ LOW_UNITS.ilog2() }>(&p.q[step], &scale, W::zero::<I>());
             }
         }
-        self.min_pairs = p.min_pairs;
-        let (down, sum_unit) = (1.0 / (1 << up) as f32, 1.0 / SUM_UNITS as f32);
+        (self.min_pairs, self.dmin) = (p.min_pairs, p.dmin);
+        let down = 1.0 / (1 << up) as f32;
         self.d = each!(LANES, |r| down * p.d[r]);
         self.d_high = each!(LANES, |r| LOW_UNITS as f32 * down * p.d[r]);
-        self.dmin = each!(LANES, |r| sum_unit * p.dmin[r]);
     }
 
     #[inline(always)]
@@ -226,7 +225,9 @@ impl MatrixPanel for Digits {
         c: &mut [Sums; MATRIX_TOKENS],
     ) {
         let (low, high) = (&sums[2 * p].0, &sums[2 * p + 1].0);
-        let (d, d_high, dmin) = (isa.load_float(&self.d), isa.load_float(&self.d_high), isa.load_float(&self.dmin));
+        let (d, d_high) = (isa.load_float(&self.d), isa.load_float(&self.d_high));
+        let sum_unit = (1 << x.sum_shift) as f32 / LOW_UNITS as f32;
+        let dmin = isa.mul(isa.load_float(&self.dmin), isa.splat(sum_unit));
         let pairs: &[[i32; MATRIX_TOKENS]] = if W::SUB == 16 { &x.pairs_16 } else { &x.pairs_32 };
         let m = each!(8, |pair| isa.load_int(&self.min_pairs[pair]));
         for t in 0..MATRIX_TOKENS {

@@ -49,8 +49,6 @@ pub const LEFT_OUT: f32 = 2.0 / (4.0 * 127.0 * 127.0);
 
 /// Low digits to a high one, of weights and of activations.
 pub const LOW_UNITS: i32 = 32;
-/// The unit of sums of activations is so many to d: 32 · 127 · 8, and what low digits add, fit in 16 bits.
-pub const SUM_UNITS: i32 = 8;
 
 /// 256 columns of 16 tokens, quantized: x ≈ d · high + d_low · low.
 #[derive(Debug, Clone)]
@@ -63,9 +61,12 @@ pub struct MatrixBlock {
     pub d_low: [f32; MATRIX_TOKENS],
     /// Σ x of each 32.
     pub offsets_32: [[f32; MATRIX_TOKENS]; 8],
-    /// [`SUM_UNITS`] · Σ x / d of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
+    /// Of `Q8Per256`: Σ x / (d_low · 2^sum_shift) of each 16 and each 32 columns, two 16-bit sums in one: even sub-block
+    /// low, odd high.
     pub pairs_16: [[i32; MATRIX_TOKENS]; 8],
     pub pairs_32: [[i32; MATRIX_TOKENS]; 4],
+    /// 0 unless sums of 16 bits need more.
+    pub sum_shift: u32,
 }
 
 impl MatrixBlock {
@@ -76,7 +77,16 @@ impl MatrixBlock {
         offsets_32: [[0.0; MATRIX_TOKENS]; 8],
         pairs_16: [[0; MATRIX_TOKENS]; 8],
         pairs_32: [[0; MATRIX_TOKENS]; 4],
+        sum_shift: 0,
     };
+
+    /// For tokens whose sums need more than 16 bits.
+    pub fn halve_sums(&mut self) {
+        for pair in self.pairs_16.iter_mut().chain(&mut self.pairs_32).flatten() {
+            *pair = super::pair(i32::from(*pair as i16) >> 1, *pair >> 17);
+        }
+        self.sum_shift += 1;
+    }
 }
 
 /// How a family of types multiplies in matrix tiles.
