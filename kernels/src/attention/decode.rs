@@ -3,6 +3,7 @@
 //! of the group, four at a time.
 
 use super::Attention;
+use super::kv_view::Upcoming;
 use crate::isa::{Isa, each};
 use crate::vecmath::exp;
 use std::cell::RefCell;
@@ -55,7 +56,9 @@ pub fn run<I: Isa>(isa: I, a: &Attention, t: usize, head: usize, positions: Rang
         let n = tile.min(positions.end - base);
         let rows = head * a.capacity + base..head * a.capacity + base + n;
         a.k.load(isa, rows.clone(), a.key_dim, kd, &mut s.k);
-        a.v.load(isa, rows, a.value_dim, vd, &mut s.v);
+        a.v.load(isa, rows.clone(), a.value_dim, vd, &mut s.v);
+        // Asked for while this tile is computed with, so that memory does not rest meanwhile.
+        let next = [a.k.upcoming(rows.end, a.key_dim), a.v.upcoming(rows.end, a.value_dim)];
         let mut g = 0;
         while g < a.group {
             let heads = match a.group - g {
@@ -64,9 +67,9 @@ pub fn run<I: Isa>(isa: I, a: &Attention, t: usize, head: usize, positions: Rang
             };
             let (q, scores) = (&s.q[g * kd..(g + heads) * kd], &mut s.s[g * TILE..(g + heads) * TILE]);
             match heads {
-                4 => score::<I, 4, 4>(isa, q, &s.k, kd, n, scores),
-                2 => score::<I, 2, 8>(isa, q, &s.k, kd, n, scores),
-                _ => score::<I, 1, 16>(isa, q, &s.k, kd, n, scores),
+                4 => score::<I, 4, 4>(isa, q, &s.k, kd, n, scores, next),
+                2 => score::<I, 2, 8>(isa, q, &s.k, kd, n, scores, next),
+                _ => score::<I, 1, 16>(isa, q, &s.k, kd, n, scores, next),
             }
             for h in g..g + heads {
                 let (scores, o) = (&mut s.s[h * TILE..(h + 1) * TILE], &mut s.o[h * vd..(h + 1) * vd]);
@@ -92,8 +95,17 @@ pub fn run<I: Isa>(isa: I, a: &Attention, t: usize, head: usize, positions: Rang
 
 /// Scores of G heads, P positions (G · P = 16) at a time; up to P − 1 beyond `n` are left over.
 #[inline(always)]
-fn score<I: Isa, const G: usize, const P: usize>(isa: I, q: &[f32], k: &[f32], stride: usize, n: usize, s: &mut [f32]) {
+fn score<I: Isa, const G: usize, const P: usize>(
+    isa: I,
+    q: &[f32],
+    k: &[f32],
+    stride: usize,
+    n: usize,
+    s: &mut [f32],
+    next: [Upcoming; 2],
+) {
     for p in (0..n).step_by(P) {
+        next.iter().for_each(|rows| rows.prefetch(isa, p, P));
         let mut acc = [isa.zero_float(); 16];
         for d in (0..stride).step_by(16) {
             let q: [I::Float; G] = each!(G, |g| isa.load_float(q[g * stride + d..].first_chunk().expect("16 values")));

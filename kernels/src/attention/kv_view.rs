@@ -19,7 +19,35 @@ pub enum KvView<'a> {
     Q4 { q: &'a [u8], d: &'a [u16] },
 }
 
+/// Rows that will be read soon.
+#[derive(Clone, Copy)]
+pub struct Upcoming {
+    first: *const u8,
+    row_bytes: usize,
+}
+
+impl Upcoming {
+    /// Asks for `n` of them from `row` on; of the quantized forms for the quants alone, scales being few.
+    #[inline(always)]
+    pub fn prefetch<I: Isa>(self, isa: I, row: usize, n: usize) {
+        for line in (row * self.row_bytes..(row + n) * self.row_bytes).step_by(64) {
+            isa.prefetch(self.first.wrapping_add(line));
+        }
+    }
+}
+
 impl KvView<'_> {
+    /// The rows from `row` on, which may lie beyond the last.
+    pub fn upcoming(&self, row: usize, dim: usize) -> Upcoming {
+        let (first, row_bytes) = match self {
+            KvView::F16(x) => (x.as_ptr().cast::<u8>(), 2 * dim),
+            KvView::F32(x) => (x.as_ptr().cast(), 4 * dim),
+            KvView::Q8 { q, .. } => (q.as_ptr().cast(), dim),
+            KvView::Q4 { q, .. } => (q.as_ptr(), dim / 2),
+        };
+        Upcoming { first: first.wrapping_add(row * row_bytes), row_bytes }
+    }
+
     /// Rows `rows` as floats, `stride` apart (a multiple of 16, at least `dim`); what lies between is zeroed.
     #[inline(always)]
     pub fn load<I: Isa>(&self, isa: I, rows: std::ops::Range<usize>, dim: usize, stride: usize, out: &mut [f32]) {
@@ -39,9 +67,9 @@ impl KvView<'_> {
                 KvView::Q8 { q, d } => {
                     let scales = &d[at.start / KV_BLOCK..];
                     for ((q, d), out) in q[at].as_chunks::<KV_BLOCK>().0.iter().zip(scales).zip(out.as_chunks_mut::<KV_BLOCK>().0) {
-                        let d = isa.f16(*d);
-                        for (out, q) in out.iter_mut().zip(q) {
-                            *out = d * f32::from(*q);
+                        let d = isa.splat(isa.f16(*d));
+                        for (q, out) in q.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+                            isa.store_float(isa.mul(isa.widen(q), d), out);
                         }
                     }
                 }
@@ -49,10 +77,10 @@ impl KvView<'_> {
                     let scales = &d[at.start / KV_BLOCK..];
                     let q = &q[at.start / 2..at.end / 2];
                     for ((q, d), out) in q.as_chunks::<16>().0.iter().zip(scales).zip(out.as_chunks_mut::<KV_BLOCK>().0) {
-                        let d = isa.f16(*d);
-                        for (j, q) in q.iter().enumerate() {
-                            out[j] = d * f32::from((q & 15) as i8 - 8);
-                            out[j + 16] = d * f32::from((q >> 4) as i8 - 8);
+                        let d = isa.splat(isa.f16(*d));
+                        let halves = [q.map(|q| (q & 15) as i8 - 8), q.map(|q| (q >> 4) as i8 - 8)];
+                        for (q, out) in halves.iter().zip(out.as_chunks_mut::<16>().0) {
+                            isa.store_float(isa.mul(isa.widen(q), d), out);
                         }
                     }
                 }

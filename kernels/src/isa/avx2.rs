@@ -222,6 +222,12 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn widen(self, v: &[i8; 16]) -> [__m256; 2] {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
+        unsafe { each!(2, |i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(8 * i).cast())))) }
+    }
+
+    #[inline(always)]
     fn load_half(self, bits: &[u16; 16]) -> [__m256; 2] {
         // SAFETY: F16C, by the token; 32 readable bytes, by the type.
         unsafe {

@@ -278,6 +278,12 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
+    fn widen(self, v: &[i8; 16]) -> __m512 {
+        // SAFETY: AVX-512F, by the token; 16 readable bytes, by the type.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(v.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
     fn load_half(self, bits: &[u16; 16]) -> __m512 {
         // SAFETY: AVX-512F, by the token; 32 readable bytes, by the type.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }

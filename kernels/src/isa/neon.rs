@@ -459,6 +459,17 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
+    fn widen(self, v: &[i8; 16]) -> [float32x4_t; 4] {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let v = vld1q_s8(v.as_ptr());
+            let (a, b) = (vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v));
+            let dwords = [vmovl_s16(vget_low_s16(a)), vmovl_high_s16(a), vmovl_s16(vget_low_s16(b)), vmovl_high_s16(b)];
+            each!(4, |i| vcvtq_f32_s32(dwords[i]))
+        }
+    }
+
+    #[inline(always)]
     fn load_half(self, bits: &[u16; 16]) -> [float32x4_t; 4] {
         // SAFETY: NEON, by the token; 32 readable bytes, by the type.
         unsafe { each!(4, |i| widen_half(vld1_u16(bits.as_ptr().add(4 * i)))) }

@@ -145,6 +145,11 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn widen(self, v: &[i8; 16]) -> [f32; 16] {
+        v.map(f32::from)
+    }
+
+    #[inline(always)]
     fn load_half(self, bits: &[u16; 16]) -> [f32; 16] {
         bits.map(|b| self.f16(b))
     }
