@@ -21,7 +21,7 @@ pub mod reference;
 
 use crate::error::{Error, Result};
 use crate::isa::{self, Isa, Op, each};
-use crate::threads::{Matrix, Pool, Tile};
+use crate::threads::{Matrix, Pool, STREAMS, Strip, Striped, Tile};
 use activation::{ActivationFormat, ActivationRow, Activations};
 use gguf::BlockType;
 use gguf::blocks;
@@ -37,8 +37,8 @@ pub trait WeightDot: PanelWeights {
     const TOLERANCE: f32;
 
     /// R rows of weights, whose streams thus overlap, with one token's
-    /// activations; in each, the lines `ahead` bytes further are asked for.
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R];
+    /// activations; in each, the lines [`AHEAD`] are asked for.
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R];
 }
 
 /// A row of the table.
@@ -52,8 +52,10 @@ pub trait MatmulKernel: Send + Sync {
     fn tolerance(&self) -> f32;
     /// Whether many tokens are multiplied in matrix tiles.
     fn uses_matrix_tiles(&self) -> bool;
-    /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each.
+    /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each; `acts` are in panels.
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>);
+    /// The same of a strip; `acts` are in rows.
+    fn run_strip(&self, weights: &[u8], row_bytes: usize, acts: &Activations, strip: &mut Strip<'_>);
 }
 
 struct Row<I, W> {
@@ -62,18 +64,14 @@ struct Row<I, W> {
     weights: std::marker::PhantomData<fn() -> W>,
 }
 
-/// Rows that a decode step reads side by side: one stream a core reaches two
-/// thirds of the bandwidth that eight do.
-const STREAMS: usize = 4;
-
 /// Bytes that a decode step asks for ahead in each stream.
 const AHEAD: usize = 2048;
 
-/// Asks for the lines of a block's worth of bytes, `ahead` of where it is read.
+/// Asks for the lines of a block's worth of bytes, [`AHEAD`] of where it is read.
 #[inline(always)]
-fn prefetch_block<I: Isa>(isa: I, block: &[u8], ahead: usize) {
+fn prefetch_block<I: Isa>(isa: I, block: &[u8]) {
     for line in (0..block.len()).step_by(64) {
-        isa.prefetch(block.as_ptr().wrapping_add(ahead + line));
+        isa.prefetch(block.as_ptr().wrapping_add(AHEAD + line));
     }
 }
 
@@ -90,28 +88,35 @@ impl<W: WeightDot> Op for TileOp<'_, '_, W> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let TileOp { weights, row_bytes, acts, tile, .. } = self;
-        if acts.in_panels() {
-            return panel::run::<I, W>(isa, weights, row_bytes, acts, tile);
-        }
-        let rows = tile.cols.clone();
-        for t in tile.rows.clone() {
+        panel::run::<I, W>(isa, self.weights, self.row_bytes, self.acts, self.tile);
+    }
+}
+
+struct StripOp<'a, 'b, W> {
+    weights: &'a [u8],
+    row_bytes: usize,
+    acts: &'a Activations,
+    strip: &'a mut Strip<'b>,
+    kind: std::marker::PhantomData<fn() -> W>,
+}
+
+impl<W: WeightDot> Op for StripOp<'_, '_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let StripOp { weights, row_bytes, acts, strip, .. } = self;
+        let row = |i: usize| &weights[i * row_bytes..(i + 1) * row_bytes];
+        for t in 0..strip.n_tokens {
             let x = acts.row(t);
-            let out = tile.row_mut(t);
-            // Stream k takes the k-th part of the rows, so that each is one long run of memory.
-            let part = rows.len() / STREAMS;
-            for i in 0..part {
-                let from = each!(STREAMS, |k| (rows.start + k * part + i) * row_bytes);
-                // What comes after a stream's last row is its place in the next tile.
-                let ahead = if i + 1 < part { AHEAD } else { AHEAD + (rows.len() - part) * row_bytes };
-                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| &weights[from[k]..from[k] + row_bytes]), ahead, &x);
+            for i in 0..strip.runs[0].len() {
+                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| row(strip.runs[k].start + i)), &x);
                 for (k, y) in y.into_iter().enumerate() {
-                    out[k * part + i] = y;
+                    strip.run_mut(t, k)[i] = y;
                 }
             }
-            for i in STREAMS * part..rows.len() {
-                let from = (rows.start + i) * row_bytes;
-                out[i] = W::dot::<I, 1>(isa, [&weights[from..from + row_bytes]], AHEAD, &x)[0];
+            for i in 0..strip.rest.len() {
+                strip.rest_mut(t)[i] = W::dot::<I, 1>(isa, [row(strip.rest.start + i)], &x)[0];
             }
         }
     }
@@ -145,6 +150,10 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
 
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
         self.isa.vectorize(TileOp::<W> { weights, row_bytes, acts, tile, kind: std::marker::PhantomData });
+    }
+
+    fn run_strip(&self, weights: &[u8], row_bytes: usize, acts: &Activations, strip: &mut Strip<'_>) {
+        self.isa.vectorize(StripOp::<W> { weights, row_bytes, acts, strip, kind: std::marker::PhantomData });
     }
 }
 
@@ -265,14 +274,10 @@ impl Matmul {
     }
 }
 
-/// Rows of weights a thread takes at a time: few enough that the threads end
-/// together, and if several tokens pass them in turn, that they stay in L2.
-fn rows_per_tile(plan: &Matmul, n_threads: usize, n_tokens: usize) -> usize {
-    const TILES_A_THREAD: usize = 8;
-    let by_share = plan.rows.div_ceil(TILES_A_THREAD * n_threads).next_multiple_of(STREAMS);
-    let by_cache = if n_tokens > 1 { (64 << 10) / plan.row_bytes.max(1) } else { usize::MAX };
-    by_cache.min(by_share).max(STREAMS)
-}
+/// Bytes of weights that a strip has at least: what is read while it is handed out.
+const STRIP_BYTES: usize = 8 << 10;
+/// What it has at most if several tokens pass it in turn, so that it stays in L2.
+const SHARED_STRIP_BYTES: usize = 64 << 10;
 
 /// Tokens that pass a panel together: as many as a batch has, so that C and a slab's activations stay in L2.
 const PANEL_TOKENS: usize = 516;
@@ -284,15 +289,27 @@ pub fn run_group(pool: &Pool, jobs: &mut [Job<'_>], acts: &Activations) {
     for (plan, weights) in &inputs {
         plan.assert_fits(weights, acts);
     }
+    if !acts.in_panels() {
+        let most = if n > 1 { SHARED_STRIP_BYTES } else { usize::MAX };
+        let mut outs: Vec<Striped<'_>> = jobs
+            .iter_mut()
+            .map(|j| {
+                let step = (STREAMS * j.plan.row_bytes).max(1);
+                Striped::new(j.out, n, j.plan.rows, STRIP_BYTES / step, most / step)
+            })
+            .collect();
+        return pool.for_each_strip(&mut outs, |i, strip| {
+            let (plan, weights) = &inputs[i];
+            plan.kernel.run_strip(weights, plan.row_bytes, acts, strip);
+        });
+    }
     let mut outs: Vec<Matrix<'_>> = jobs
         .iter_mut()
         .map(|j| {
             let (tokens, rows) = if acts.in_matrix_tiles() {
                 (panel::matrix::TOKENS, panel::matrix::rows_per_tile(j.plan.rows, pool.n_threads()))
-            } else if acts.in_panels() {
-                (PANEL_TOKENS, panel::ROWS)
             } else {
-                (n, rows_per_tile(&j.plan, pool.n_threads(), n))
+                (PANEL_TOKENS, panel::ROWS)
             };
             Matrix::new(j.out, n, j.plan.rows, tokens, rows)
         })

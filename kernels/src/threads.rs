@@ -5,12 +5,15 @@
 //! The pool hands out *tiles* of output matrices, each exactly once, which is
 //! what makes concurrent writes into one buffer safe without locks.
 
+mod strips;
+
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+pub use strips::{STREAMS, Strip, Striped};
 
 /// Spins before a worker sleeps: about 50–100 µs, several times the longest
 /// gap between two parallel steps of one token.

@@ -18,7 +18,7 @@ impl<C: Codec + 'static> WeightDot for Decoded<C> {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut w = [0.0f32; CHUNK];
         let mut acc = [[isa.zero_float(); 4]; R];
         let mut tail = [0.0f32; R];
@@ -27,7 +27,7 @@ impl<C: Codec + 'static> WeightDot for Decoded<C> {
             for r in 0..R {
                 let end = rows[r].len().min((i + 1) * chunk_bytes);
                 let bytes = &rows[r][i * chunk_bytes..end];
-                super::prefetch_block(isa, bytes, ahead);
+                super::prefetch_block(isa, bytes);
                 C::decode(bytes, &mut w[..x.len()]);
                 let (wc, wr) = w[..x.len()].as_chunks::<16>();
                 let (xc, xr) = x.as_chunks::<16>();

@@ -31,7 +31,7 @@ impl WeightDot for NlDot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let table = table::<I>();
         let mut acc = [isa.zero_float(); R];
         for (four, q) in x.q.as_chunks::<128>().0.iter().take((rows[0].len() / 18).div_ceil(4)).enumerate() {
@@ -46,7 +46,7 @@ impl WeightDot for NlDot {
                         &last
                     }
                 };
-                super::prefetch_block(isa, b.as_flattened(), ahead);
+                super::prefetch_block(isa, b.as_flattened());
                 let raw = isa.load_quarters(each!(4, |k| b[k][2..].first_chunk().expect("16 bytes")));
                 let (low, high) = (isa.lookup(&table, isa.low_nibbles(raw)), isa.lookup(&table, isa.high_nibbles(raw)));
                 let p = isa.dot_biased(isa.dot_biased(start, low, xs.0), high, xs.1);
@@ -67,7 +67,7 @@ impl WeightDot for XsDot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let table = table::<I>();
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 136).enumerate() {
@@ -75,7 +75,7 @@ impl WeightDot for XsDot {
             let starts = each!(2, |half| biased_start(isa, xs[half]));
             for r in 0..R {
                 let b: &[u8; 136] = rows[r][i * 136..].first_chunk().expect("a block");
-                super::prefetch_block(isa, b, ahead);
+                super::prefetch_block(isa, b);
                 let high = u16::from_le_bytes([b[2], b[3]]);
                 let scale = |s: usize| i32::from(b[4 + s / 2] >> (4 * (s % 2)) & 15) + i32::from(high >> (2 * s) & 3) * 16 - 32;
                 let mut sum = isa.zero_int();

@@ -49,8 +49,8 @@ macro_rules! legacy {
             const TOLERANCE: f32 = 4e-6;
 
             #[inline(always)]
-            fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
-                dot::<I, $name, R>(isa, rows, ahead, x)
+            fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+                dot::<I, $name, R>(isa, rows, x)
             }
         }
 
@@ -109,23 +109,18 @@ pub fn start<I: Isa>(isa: I, zero: u8, x: (I::Bytes, I::Bytes)) -> I::Int {
 }
 
 #[inline(always)]
-fn dot<I: Isa, U: Unpack, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+fn dot<I: Isa, U: Unpack, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
     match U::Codec::BYTES {
-        18 => dot_of::<I, U, R, 18>(isa, rows, ahead, x),
-        20 => dot_of::<I, U, R, 20>(isa, rows, ahead, x),
-        22 => dot_of::<I, U, R, 22>(isa, rows, ahead, x),
-        24 => dot_of::<I, U, R, 24>(isa, rows, ahead, x),
-        _ => dot_of::<I, U, R, 34>(isa, rows, ahead, x),
+        18 => dot_of::<I, U, R, 18>(isa, rows, x),
+        20 => dot_of::<I, U, R, 20>(isa, rows, x),
+        22 => dot_of::<I, U, R, 22>(isa, rows, x),
+        24 => dot_of::<I, U, R, 24>(isa, rows, x),
+        _ => dot_of::<I, U, R, 34>(isa, rows, x),
     }
 }
 
 #[inline(always)]
-fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(
-    isa: I,
-    rows: [&[u8]; R],
-    ahead: usize,
-    x: &ActivationRow<'_>,
-) -> [f32; R] {
+fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
     let n_blocks = rows[0].len() / BYTES;
     let mut acc = [isa.zero_float(); R];
     let mut mins = [[0.0f32; 4]; R];
@@ -144,7 +139,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(
                     &last
                 }
             };
-            super::prefetch_block(isa, b.as_flattened(), ahead);
+            super::prefetch_block(isa, b.as_flattened());
             let d = f16s(isa, b, 0);
             let d: [f32; 4] = each!(4, |k| d[k] * dx[k]);
             if U::SIGNED {

@@ -20,14 +20,14 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 84).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
             for r in 0..R {
                 let b: &[u8; 84] = rows[r][i * 84..].first_chunk().expect("a block");
-                super::prefetch_block(isa, b, ahead);
+                super::prefetch_block(isa, b);
                 let both = u128::from_le_bytes(*b.first_chunk().expect("16 scales"));
                 const NIBBLES: u128 = u128::from_le_bytes([15; 16]);
                 let mins = (both >> 4 & NIBBLES).to_le_bytes();

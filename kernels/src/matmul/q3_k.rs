@@ -36,7 +36,7 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 110).enumerate() {
             let subs: &[[u8; 32]] = q.as_chunks().0;
@@ -44,7 +44,7 @@ impl WeightDot for Dot {
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
             for r in 0..R {
                 let b: &[u8; 110] = rows[r][i * 110..].first_chunk().expect("a block");
-                super::prefetch_block(isa, b, ahead);
+                super::prefetch_block(isa, b);
                 let s = scales(b[96..].first_chunk().expect("12 bytes"));
                 let offsets = isa.dot_i16(&each!(16, |i| i16::from(s[i]) * 4), sums);
                 // Vector v's quarters are sub-blocks 2v and 2v + 1 of each half.

@@ -31,7 +31,7 @@ fn scales_and_mins(s: &[u8; 12]) -> [u64; 2] {
 pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS: usize>(
     isa: I,
     rows: [&[u8]; R],
-    ahead: usize,
+
     x: &ActivationRow<'_>,
 ) -> [f32; R] {
     let mut acc = [isa.zero_float(); R];
@@ -44,7 +44,7 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
         let sums: &[i16; 16] = x.min_sums[16 * i..].first_chunk().expect("padded activations");
         for r in 0..R {
             let b: &[u8; BYTES] = rows[r][i * BYTES..].first_chunk().expect("a block");
-            super::prefetch_block(isa, b, ahead);
+            super::prefetch_block(isa, b);
             let (scales, mins) = isa.halves_scales(scales_and_mins(b[4..].first_chunk().expect("12 bytes")), sums);
             let mut sum = isa.zero_int();
             for half in 0..2 {
@@ -78,8 +78,8 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
-        dot::<I, R, 144, 0, 16>(isa, rows, ahead, x)
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        dot::<I, R, 144, 0, 16>(isa, rows, x)
     }
 }
 

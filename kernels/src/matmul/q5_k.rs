@@ -15,8 +15,8 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
-        dot::<I, R, 176, 16, 48>(isa, rows, ahead, x)
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        dot::<I, R, 176, 16, 48>(isa, rows, x)
     }
 }
 

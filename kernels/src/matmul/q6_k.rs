@@ -21,14 +21,14 @@ impl WeightDot for Dot {
     const TOLERANCE: f32 = 4e-6;
 
     #[inline(always)]
-    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], ahead: usize, x: &ActivationRow<'_>) -> [f32; R] {
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let mut acc = [isa.zero_float(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 210).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
             for r in 0..R {
                 let b: &[u8; 210] = rows[r][i * 210..].first_chunk().expect("a block");
-                super::prefetch_block(isa, b, ahead);
+                super::prefetch_block(isa, b);
                 let scales: &[u8; 16] = b[192..].first_chunk().expect("16 scales");
                 // 32·scale still fits in 16 bits.
                 let offsets = isa.dot_i16(&each!(16, |s| i16::from(scales[s] as i8) * 32), sums);
