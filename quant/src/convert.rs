@@ -13,10 +13,11 @@ use crate::error::{Error, Result};
 use crate::plan::{Plan, Values};
 use gguf::{BlockType, Layout, Writer};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 /// Weights encoded between two hand-overs to the writer: 32 MiB at most in
 /// F32, of which three exist at a time.
@@ -61,10 +62,9 @@ pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, 
             }
             Ok(writers)
         });
-        let emit = |batch| send.send(batch).map_err(|_| Error::Cancelled);
-        let encoded =
-            (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &spare, &emit));
-        drop(send);
+        let out = ToWriter { send, spare: &spare };
+        let encoded = (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &out));
+        drop(out);
         let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
         // A writer that failed closes the channel, so its error is the cause and comes first.
         let writers = written?;
@@ -97,13 +97,9 @@ impl<'p> Stepwise<'p> {
         let layout = self.plan.layout();
         let place = layout.tensors().iter().position(|t| t.name() == name);
         let i = place.ok_or_else(|| gguf::Error::MissingTensor { tensor: name.to_owned() })?;
-        let bytes = std::cell::RefCell::new(Vec::with_capacity(layout.tensors()[i].n_bytes() as usize));
-        let emit = |batch: Vec<Vec<u8>>| {
-            batch.iter().for_each(|b| bytes.borrow_mut().extend_from_slice(b));
-            Ok(())
-        };
-        convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &Spare::default(), &emit)?;
-        let bytes = bytes.into_inner();
+        let out = Collected(RefCell::new(Vec::with_capacity(layout.tensors()[i].n_bytes() as usize)));
+        convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &out)?;
+        let bytes = out.0.into_inner();
         self.writer.place(i, &bytes)?;
         Ok(bytes)
     }
@@ -143,8 +139,7 @@ impl Spare {
         self.0.lock().unwrap_or_else(|e| e.into_inner()).push(batch);
     }
 
-    /// Buffers of these lengths, whatever is in them.
-    fn take(&self, lengths: impl ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+    fn take(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
         let mut batch = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
         batch.resize_with(lengths.len(), Vec::new);
         batch.iter_mut().zip(lengths).for_each(|(b, n)| b.resize(n, 0));
@@ -152,7 +147,43 @@ impl Spare {
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "a conversion's whole state, at two places")]
+/// Where batches of encoded rows go: of each, the bytes in every layout.
+trait Output {
+    /// Buffers of these lengths, whatever is in them.
+    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>>;
+    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()>;
+}
+
+/// To the thread that writes, which gives the buffers back.
+struct ToWriter<'a> {
+    send: SyncSender<Vec<Vec<u8>>>,
+    spare: &'a Spare,
+}
+
+impl Output for ToWriter<'_> {
+    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+        self.spare.take(lengths)
+    }
+
+    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()> {
+        self.send.send(batch).map_err(|_| Error::Cancelled)
+    }
+}
+
+/// One layout's bytes, one after the other.
+struct Collected(RefCell<Vec<u8>>);
+
+impl Output for Collected {
+    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+        lengths.map(|n| vec![0; n]).collect()
+    }
+
+    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()> {
+        batch.iter().for_each(|b| self.0.borrow_mut().extend_from_slice(b));
+        Ok(())
+    }
+}
+
 fn convert_tensor(
     plan: &Plan,
     layouts: &[&Layout],
@@ -160,8 +191,7 @@ fn convert_tensor(
     wholes: &[Option<Whole>],
     pool: &rayon::ThreadPool,
     progress: &dyn Progress,
-    spare: &Spare,
-    emit: &dyn Fn(Vec<Vec<u8>>) -> Result<()>,
+    output: &dyn Output,
 ) -> Result<()> {
     let info = &plan.layout().tensors()[i];
     let blocks: Vec<&'static BlockType> = layouts.iter().map(|l| l.tensors()[i].block()).collect();
@@ -202,7 +232,7 @@ fn convert_tensor(
                 return Err(Error::Cancelled);
             }
             let n = batch_rows.min(end - first);
-            let mut batch = spare.take(row_bytes.iter().map(|b| n * b));
+            let mut batch = output.buffers(&mut row_bytes.iter().map(|b| n * b));
             let mut chunks: Vec<Vec<&mut [u8]>> = (0..n.div_ceil(chunk_rows)).map(|_| Vec::with_capacity(blocks.len())).collect();
             for (out, row_bytes) in batch.iter_mut().zip(&row_bytes) {
                 chunks.iter_mut().zip(out.chunks_mut(chunk_rows * row_bytes)).for_each(|(chunk, out)| chunk.push(out));
@@ -215,7 +245,7 @@ fn convert_tensor(
             });
             values.release_before(first + n);
             progress.advanced(info.name(), (n * cols) as u64);
-            emit(batch)?;
+            output.put(batch)?;
         }
     }
     let (nan, inf) = (bad.0.into_inner(), bad.1.into_inner());
