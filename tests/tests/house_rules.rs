@@ -56,7 +56,7 @@ fn unsafe_code_stays_behind_its_fence() {
         "gguf/src/mmap.rs",
         "kernels/src/isa.rs",
         "kernels/src/isa/",
-        "kernels/src/threads.rs",
+        "kernels/src/threads",
         "kernels/src/cuda",
         "tests/",
         "benches/",
