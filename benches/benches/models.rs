@@ -3,7 +3,8 @@
 //! GB/s, and the share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
 //! `cargo bench -p benches --features ggml --bench models -- --shape 1b --types Q4_0,Q4_K_M --prompt 512 --tokens 128 --reps 5`
-//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers both|plain|none`.
+//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers both|plain|none`. llama.cpp takes long to
+//! read a long context: `--computed N` has it read N tokens, and store those again until the context is full.
 //! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
 
 use benches::{argument, is_test_run, median, runs, synth};
@@ -30,6 +31,11 @@ trait Contestant {
     fn name(&self) -> &'static str;
     /// Appends tokens to the first `at` and discards what was beyond.
     fn feed(&mut self, tokens: &[u32], at: usize);
+    /// Makes these the context; false if it was not computed.
+    fn fill(&mut self, tokens: &[u32]) -> bool {
+        self.feed(tokens, 0);
+        true
+    }
 }
 
 struct Ours<'m> {
@@ -53,6 +59,8 @@ impl Contestant for Ours<'_> {
 struct Theirs {
     name: &'static str,
     llama: benches::ggml::Llama,
+    /// Tokens of a context to compute; the rest repeats them.
+    computed: usize,
 }
 
 #[cfg(feature = "ggml")]
@@ -64,6 +72,15 @@ impl Contestant for Theirs {
     fn feed(&mut self, tokens: &[u32], at: usize) {
         self.llama.truncate(at);
         self.llama.decode(tokens, at, false);
+    }
+
+    fn fill(&mut self, tokens: &[u32]) -> bool {
+        let n = tokens.len().min(self.computed);
+        self.feed(&tokens[..n], 0);
+        if n < tokens.len() {
+            self.llama.repeat(n, tokens.len());
+        }
+        n == tokens.len()
     }
 }
 
@@ -78,12 +95,14 @@ fn peers(path: &std::path::Path, threads: usize, l: &Load) -> Vec<Box<dyn Contes
     };
     let context = l.context().next_multiple_of(256) as u32;
     let which = argument("--peers", "both");
+    let computed: usize = argument("--computed", "0").parse().expect("a number");
+    let computed = if computed == 0 { usize::MAX } else { computed };
     let paths = [("llama.cpp default", true), ("llama.cpp no repack", false)];
     let wanted = paths.into_iter().filter(|(_, repack)| which == "both" || (which == "plain" && !repack));
     wanted
         .map(|(name, repack)| {
             let llama = Llama::open(path, &LlamaOptions { context, threads: threads as i32, repack, kv });
-            Box::new(Theirs { name, llama }) as Box<dyn Contestant>
+            Box::new(Theirs { name, llama, computed }) as Box<dyn Contestant>
         })
         .collect()
 }
@@ -130,8 +149,8 @@ fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
         c.feed(&l.prompt[..l.prompt.len().min(32)], 0);
         if !l.depth.is_empty() {
             let start = Instant::now();
-            c.feed(&l.depth, 0);
-            s.fill = l.depth.len() as f64 / start.elapsed().as_secs_f64();
+            let computed = c.fill(&l.depth);
+            s.fill = if computed { l.depth.len() as f64 / start.elapsed().as_secs_f64() } else { 0.0 };
         }
     }
     let mut peaks = Vec::new();
@@ -196,7 +215,7 @@ fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
             "  ratio to the better: prefill {:.2}, decode {:.2}{}",
             better(|m| m.0),
             better(|m| m.1),
-            if l.depth.is_empty() { String::new() } else { format!(", fill {:.2}", better(|m| m.2)) }
+            if medians[1..].iter().all(|m| m.2 == 0.0) { String::new() } else { format!(", fill {:.2}", better(|m| m.2)) }
         );
     }
 }

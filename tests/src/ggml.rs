@@ -174,6 +174,37 @@ pub fn input_squares(path: &Path, tokens: &[u32], context: usize) -> Squares {
     squares
 }
 
+/// The state of one sequence of `n` cells (`llama_kv_cache::state_write`) as one of `depth`. Words of 32 bits: magic,
+/// sequence, streams, cells; of each cell position, sequences, sequence; whether V is transposed, layers, two
+/// rotations. Then of each layer's K, and of each layer's V, a type, a row's bytes (64 bits), and the rows.
+fn repeat_cells(state: &[u8], n: usize, depth: usize) -> Vec<u8> {
+    fn take<'a>(from: &mut &'a [u8], bytes: usize) -> &'a [u8] {
+        let (head, rest) = from.split_at(bytes);
+        *from = rest;
+        head
+    }
+    let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize;
+    let mut from = state;
+    let mut out = take(&mut from, 12).to_vec();
+    assert_eq!(word(take(&mut from, 4)), n, "cells");
+    out.extend((depth as u32).to_le_bytes());
+    for position in 0..depth as u32 {
+        out.extend([position, 1, 0].iter().flat_map(|w| w.to_le_bytes()));
+    }
+    take(&mut from, 12 * n);
+    let head = take(&mut from, 16);
+    assert_eq!(word(&head[..4]), 0, "values must not be transposed");
+    out.extend(head);
+    while !from.is_empty() {
+        let head = take(&mut from, 12);
+        let row = word(&head[4..8]);
+        let rows = take(&mut from, n * row);
+        out.extend(head);
+        out.extend(rows.iter().cycle().take(depth * row));
+    }
+    out
+}
+
 /// A model and context of llama.cpp.
 pub struct Llama {
     model: *mut sys::llama_model,
@@ -227,6 +258,19 @@ impl Llama {
     pub fn truncate(&mut self, first: usize) {
         // SAFETY: the context is valid until Drop.
         unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.context), 0, first as i32, -1) };
+    }
+
+    /// Brings the context from `n` positions to `depth` by storing what is stored of them again and again. What is in a
+    /// cache does not change the time that attention takes; to compute it can take an hour.
+    pub fn repeat(&mut self, n: usize, depth: usize) {
+        // SAFETY: the context is valid until Drop; both buffers are as long as said.
+        unsafe {
+            let mut state = vec![0u8; sys::llama_state_seq_get_size(self.context, 0)];
+            let length = sys::llama_state_seq_get_data(self.context, state.as_mut_ptr(), state.len(), 0);
+            let repeated = repeat_cells(&state[..length], n, depth);
+            let read = sys::llama_state_seq_set_data(self.context, repeated.as_ptr(), repeated.len(), 0);
+            assert_eq!(read, repeated.len(), "llama.cpp does not take the state");
+        }
     }
 
     /// Appends tokens from position `first`; returns logits of all tokens if `all`, else of the last.
