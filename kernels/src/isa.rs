@@ -117,6 +117,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn sum(self, v: Self::Float) -> f32;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn store_float(self, v: Self::Float, out: &mut [f32; 16]);
+    /// As floats.
     fn widen(self, v: &[i8; 16]) -> Self::Float;
     /// 16 f16, as bits.
     fn load_half(self, bits: &[u16; 16]) -> Self::Float;

@@ -75,48 +75,42 @@ fn prefetch_block<I: Isa>(isa: I, block: &[u8]) {
     }
 }
 
-struct TileOp<'a, 'b, W> {
+/// Fills `out`, a tile or a strip.
+struct Fill<'a, W, T> {
     weights: &'a [u8],
     row_bytes: usize,
     acts: &'a Activations,
-    tile: &'a mut Tile<'b>,
+    out: &'a mut T,
     kind: std::marker::PhantomData<fn() -> W>,
 }
 
-impl<W: WeightDot> Op for TileOp<'_, '_, W> {
+impl<W: WeightDot> Op for Fill<'_, W, Tile<'_>> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        panel::run::<I, W>(isa, self.weights, self.row_bytes, self.acts, self.tile);
+        panel::run::<I, W>(isa, self.weights, self.row_bytes, self.acts, self.out);
     }
 }
 
-struct StripOp<'a, 'b, W> {
-    weights: &'a [u8],
-    row_bytes: usize,
-    acts: &'a Activations,
-    strip: &'a mut Strip<'b>,
-    kind: std::marker::PhantomData<fn() -> W>,
-}
-
-impl<W: WeightDot> Op for StripOp<'_, '_, W> {
+impl<W: WeightDot> Op for Fill<'_, W, Strip<'_>> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let StripOp { weights, row_bytes, acts, strip, .. } = self;
+        let Fill { weights, row_bytes, acts, out: strip, .. } = self;
         let row = |i: usize| &weights[i * row_bytes..(i + 1) * row_bytes];
-        for t in 0..strip.n_tokens {
+        let (runs, rest) = (strip.runs(), strip.rest());
+        for t in 0..strip.n_tokens() {
             let x = acts.row(t);
-            for i in 0..strip.runs[0].len() {
-                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| row(strip.runs[k].start + i)), &x);
+            for i in 0..runs[0].len() {
+                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| row(runs[k].start + i)), &x);
                 for (k, y) in y.into_iter().enumerate() {
                     strip.run_mut(t, k)[i] = y;
                 }
             }
-            for i in 0..strip.rest.len() {
-                strip.rest_mut(t)[i] = W::dot::<I, 1>(isa, [row(strip.rest.start + i)], &x)[0];
+            for (i, r) in rest.clone().enumerate() {
+                strip.rest_mut(t)[i] = W::dot::<I, 1>(isa, [row(r)], &x)[0];
             }
         }
     }
@@ -149,11 +143,11 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
     }
 
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
-        self.isa.vectorize(TileOp::<W> { weights, row_bytes, acts, tile, kind: std::marker::PhantomData });
+        self.isa.vectorize(Fill::<W, _> { weights, row_bytes, acts, out: tile, kind: std::marker::PhantomData });
     }
 
     fn run_strip(&self, weights: &[u8], row_bytes: usize, acts: &Activations, strip: &mut Strip<'_>) {
-        self.isa.vectorize(StripOp::<W> { weights, row_bytes, acts, strip, kind: std::marker::PhantomData });
+        self.isa.vectorize(Fill::<W, _> { weights, row_bytes, acts, out: strip, kind: std::marker::PhantomData });
     }
 }
 

@@ -139,10 +139,10 @@ impl Spare {
         self.0.lock().unwrap_or_else(|e| e.into_inner()).push(batch);
     }
 
-    fn take(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+    fn take(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
         let mut batch = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
         batch.resize_with(lengths.len(), Vec::new);
-        batch.iter_mut().zip(lengths).for_each(|(b, n)| b.resize(n, 0));
+        batch.iter_mut().zip(lengths).for_each(|(b, n)| b.resize(*n, 0));
         batch
     }
 }
@@ -150,7 +150,7 @@ impl Spare {
 /// Where batches of encoded rows go: of each, the bytes in every layout.
 trait Output {
     /// Buffers of these lengths, whatever is in them.
-    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>>;
+    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>>;
     fn put(&self, batch: Vec<Vec<u8>>) -> Result<()>;
 }
 
@@ -161,7 +161,7 @@ struct ToWriter<'a> {
 }
 
 impl Output for ToWriter<'_> {
-    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
+    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
         self.spare.take(lengths)
     }
 
@@ -174,8 +174,8 @@ impl Output for ToWriter<'_> {
 struct Collected(RefCell<Vec<u8>>);
 
 impl Output for Collected {
-    fn buffers(&self, lengths: &mut dyn ExactSizeIterator<Item = usize>) -> Vec<Vec<u8>> {
-        lengths.map(|n| vec![0; n]).collect()
+    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
+        lengths.iter().map(|n| vec![0; *n]).collect()
     }
 
     fn put(&self, batch: Vec<Vec<u8>>) -> Result<()> {
@@ -232,7 +232,7 @@ fn convert_tensor(
                 return Err(Error::Cancelled);
             }
             let n = batch_rows.min(end - first);
-            let mut batch = output.buffers(&mut row_bytes.iter().map(|b| n * b));
+            let mut batch = output.buffers(&row_bytes.iter().map(|b| n * b).collect::<Vec<_>>());
             let mut chunks: Vec<Vec<&mut [u8]>> = (0..n.div_ceil(chunk_rows)).map(|_| Vec::with_capacity(blocks.len())).collect();
             for (out, row_bytes) in batch.iter_mut().zip(&row_bytes) {
                 chunks.iter_mut().zip(out.chunks_mut(chunk_rows * row_bytes)).for_each(|(chunk, out)| chunk.push(out));

@@ -3,7 +3,7 @@
 //! of the group, four at a time.
 
 use super::Attention;
-use super::kv_view::Upcoming;
+use super::kv_view::UpcomingRows;
 use crate::isa::{Isa, each};
 use crate::vecmath::exp;
 use std::cell::RefCell;
@@ -102,7 +102,7 @@ fn score<I: Isa, const G: usize, const P: usize>(
     stride: usize,
     n: usize,
     s: &mut [f32],
-    next: [Upcoming; 2],
+    next: [UpcomingRows; 2],
 ) {
     for p in (0..n).step_by(P) {
         next.iter().for_each(|rows| rows.prefetch(isa, p, P));

@@ -21,12 +21,12 @@ pub enum KvView<'a> {
 
 /// Rows that will be read soon.
 #[derive(Clone, Copy)]
-pub struct Upcoming {
+pub struct UpcomingRows {
     first: *const u8,
     row_bytes: usize,
 }
 
-impl Upcoming {
+impl UpcomingRows {
     /// Asks for `n` of them from `row` on; of the quantized forms for the quants alone, scales being few.
     #[inline(always)]
     pub fn prefetch<I: Isa>(self, isa: I, row: usize, n: usize) {
@@ -38,14 +38,14 @@ impl Upcoming {
 
 impl KvView<'_> {
     /// The rows from `row` on, which may lie beyond the last.
-    pub fn upcoming(&self, row: usize, dim: usize) -> Upcoming {
+    pub fn upcoming(&self, row: usize, dim: usize) -> UpcomingRows {
         let (first, row_bytes) = match self {
             KvView::F16(x) => (x.as_ptr().cast::<u8>(), 2 * dim),
             KvView::F32(x) => (x.as_ptr().cast(), 4 * dim),
             KvView::Q8 { q, .. } => (q.as_ptr().cast(), dim),
             KvView::Q4 { q, .. } => (q.as_ptr(), dim / 2),
         };
-        Upcoming { first: first.wrapping_add(row * row_bytes), row_bytes }
+        UpcomingRows { first: first.wrapping_add(row * row_bytes), row_bytes }
     }
 
     /// Rows `rows` as floats, `stride` apart (a multiple of 16, at least `dim`); what lies between is zeroed.

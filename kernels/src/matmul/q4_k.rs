@@ -31,7 +31,6 @@ fn scales_and_mins(s: &[u8; 12]) -> [u64; 2] {
 pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS: usize>(
     isa: I,
     rows: [&[u8]; R],
-
     x: &ActivationRow<'_>,
 ) -> [f32; R] {
     let mut acc = [isa.zero_float(); R];

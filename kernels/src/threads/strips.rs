@@ -1,10 +1,11 @@
 //! How the threads share a matrix that is read once: each has a range of the
-//! output columns (rows of weights) of its own, and reads it as [`STREAMS`] runs side by side, from
-//! their beginnings to their ends, in *strips*: a few columns of every run.
-//! Strips grow smaller towards the end of a range, where other threads help,
-//! so that all end together and few strips are handed out.
+//! output columns (rows of weights) of its own, and reads it as [`STREAMS`]
+//! runs side by side, from their beginnings to their ends, in *strips*: a few
+//! columns of every run. Strips grow smaller towards the end of a range, where
+//! other threads help, so that all end together and few strips are handed out.
 
 use super::Pool;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -17,37 +18,25 @@ const SHARE: usize = 4;
 
 /// An output, tokens × columns, to be filled in strips.
 pub struct Striped<'a> {
-    data: &'a mut [f32],
+    data: *mut f32,
     n_tokens: usize,
     cols: usize,
     /// Columns of each run that a strip has, unless fewer are left.
     columns: Range<usize>,
+    lifetime: PhantomData<&'a mut [f32]>,
 }
+
+// SAFETY: threads write through it only by way of strips, which are disjoint.
+unsafe impl Sync for Striped<'_> {}
 
 impl<'a> Striped<'a> {
     /// In strips of `least` to `most` columns a run.
     pub fn new(data: &'a mut [f32], n_tokens: usize, cols: usize, least: usize, most: usize) -> Self {
         assert!(n_tokens.checked_mul(cols).is_some_and(|n| n <= data.len()), "the buffer is too small for {n_tokens} × {cols}");
         let least = least.max(1);
-        Striped { data, n_tokens, cols, columns: least..most.max(least) }
+        Striped { data: data.as_mut_ptr(), n_tokens, cols, columns: least..most.max(least), lifetime: PhantomData }
     }
 
-    fn shared(&mut self) -> Shared {
-        Shared { data: self.data.as_mut_ptr(), n_tokens: self.n_tokens, cols: self.cols, columns: self.columns.clone() }
-    }
-}
-
-struct Shared {
-    data: *mut f32,
-    n_tokens: usize,
-    cols: usize,
-    columns: Range<usize>,
-}
-
-// SAFETY: threads write through it only by way of strips, which are disjoint.
-unsafe impl Sync for Shared {}
-
-impl Shared {
     /// Columns of a thread's range.
     fn range(&self, owner: usize, threads: usize) -> Range<usize> {
         owner * self.cols / threads..(owner + 1) * self.cols / threads
@@ -62,12 +51,10 @@ impl Shared {
 
 /// Exclusive access to some output columns of all tokens.
 pub struct Strip<'a> {
-    pub n_tokens: usize,
     /// Equally many columns each.
-    pub runs: [Range<usize>; STREAMS],
-    /// Fewer than [`STREAMS`], of the end of a range.
-    pub rest: Range<usize>,
-    out: &'a Shared,
+    runs: [Range<usize>; STREAMS],
+    rest: Range<usize>,
+    out: &'a Striped<'a>,
 }
 
 impl<'a> Strip<'a> {
@@ -75,12 +62,26 @@ impl<'a> Strip<'a> {
     ///
     /// # Safety
     /// Each step is asked for at most once while the matrix is borrowed, so that strips are disjoint.
-    unsafe fn new(out: &'a Shared, range: Range<usize>, steps: Range<usize>) -> Self {
+    unsafe fn new(out: &'a Striped<'a>, range: Range<usize>, steps: Range<usize>) -> Self {
         let length = range.len() / STREAMS;
         let steps = steps.start.min(length)..steps.end.min(length);
         let runs = std::array::from_fn(|k| range.start + k * length + steps.start..range.start + k * length + steps.end);
         let rest = if steps.end == length { range.start + STREAMS * length..range.end } else { range.end..range.end };
-        Strip { n_tokens: out.n_tokens, runs, rest, out }
+        Strip { runs, rest, out }
+    }
+
+    pub fn n_tokens(&self) -> usize {
+        self.out.n_tokens
+    }
+
+    /// The columns of each run, equally many.
+    pub fn runs(&self) -> [Range<usize>; STREAMS] {
+        self.runs.clone()
+    }
+
+    /// Fewer than [`STREAMS`] columns, of the end of a range.
+    pub fn rest(&self) -> Range<usize> {
+        self.rest.clone()
     }
 
     /// Of token `t`, those of run `k`.
@@ -106,12 +107,12 @@ impl Pool {
     /// Calls `f(matrix, strip)` until every column of every matrix was in one strip.
     pub fn for_each_strip(&self, matrices: &mut [Striped<'_>], f: impl Fn(usize, &mut Strip<'_>) + Sync) {
         let threads = self.n_threads();
-        let shared: Vec<Shared> = matrices.iter_mut().map(Striped::shared).collect();
+        let matrices = &*matrices;
         // Of each thread's steps, where each matrix's end.
         let ends: Vec<Vec<usize>> = (0..threads)
             .map(|owner| {
                 let mut end = 0;
-                shared
+                matrices
                     .iter()
                     .map(|m| {
                         end += m.steps(owner, threads);
@@ -127,7 +128,7 @@ impl Pool {
                 let (ends, next) = (&ends[owner], &self.next[owner].0);
                 let mut at = next.load(Ordering::Relaxed);
                 while let Some(which) = ends.iter().position(|&end| at < end) {
-                    let m = &shared[which];
+                    let m = &matrices[which];
                     let left = ends[ends.len() - 1] - at;
                     let n = (left / SHARE).clamp(m.columns.start, m.columns.end).min(ends[which] - at);
                     if let Err(taken) = next.compare_exchange_weak(at, at + n, Ordering::Relaxed, Ordering::Relaxed) {
@@ -157,7 +158,7 @@ mod tests {
                 let mut data = [vec![0.0; n_tokens * cols], vec![0.0; n_tokens * 5]];
                 let [a, b] = &mut data;
                 pool.for_each_strip(&mut [Striped::new(a, n_tokens, cols, 2, 9), Striped::new(b, n_tokens, 5, 1, 1)], |_, strip| {
-                    for t in 0..strip.n_tokens {
+                    for t in 0..strip.n_tokens() {
                         (0..STREAMS).for_each(|k| strip.run_mut(t, k).iter_mut().for_each(|x| *x += 1.0));
                         strip.rest_mut(t).iter_mut().for_each(|x| *x += 1.0);
                     }
