@@ -81,6 +81,12 @@ fn copy(source: &Path, out: &Path, bytes: u64) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
+/// Has the disk take what a run wrote (llama-quantize leaves it to the system) and removes it, so that the next begins as this did.
+fn settle(out: &Path) {
+    std::fs::File::open(out).and_then(|f| f.sync_all()).expect("sync");
+    std::fs::remove_file(out).expect("remove");
+}
+
 fn main() {
     let test = is_test_run();
     let kinds = if test { "Q4_K_M".into() } else { argument("--types", "Q4_K_M,Q5_K_M,Q4_0,Q8_0") };
@@ -115,14 +121,19 @@ fn bench_type(kind: &str, test: bool) {
         move || {
             let start = Instant::now();
             benches::ggml::quantize_file(&f16, &out, mix.file_type, threads as i32);
-            start.elapsed().as_secs_f64()
+            let seconds = start.elapsed().as_secs_f64();
+            settle(&out);
+            seconds
         }
     };
     let (mut a, mut b, mut c) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..reps {
         a.push(ours());
         let bytes = std::fs::metadata(&out).expect("written").len();
-        c.push(copy(&source, &folder.join("copy.bin"), bytes));
+        settle(&out);
+        let copied = folder.join("copy.bin");
+        c.push(copy(&source, &copied, bytes));
+        settle(&copied);
         #[cfg(feature = "ggml")]
         b.push(theirs());
         #[cfg(not(feature = "ggml"))]

@@ -94,6 +94,12 @@ pub trait Codec {
 pub trait Encode: Codec {
     /// Any number of blocks; see [`EncodeFn`].
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]);
+
+    /// The same bytes, sooner where 16 f32 are one register and there are 32 of them.
+    #[inline(always)]
+    fn encode_wide(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+        Self::encode(values, importance, out);
+    }
 }
 
 /// The grid of one sub-block: w = step · (q + `Grid::OFFSET`) + min, or step · `iq4_nl::LEVELS`\[q\] with a codebook.

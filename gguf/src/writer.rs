@@ -2,6 +2,7 @@
 //! names, shapes and types alone; then a [`Writer`] takes the tensors' bytes
 //! in that order. The file bears its name only once it is whole and synced:
 //! until then it is a `.NAME.PID.part` beside it, removed if the writer is dropped.
+//! Several threads may write, each the bytes it has just made: they are still in its cache.
 
 use crate::error::{Error, Result};
 use crate::header::DEFAULT_ALIGNMENT;
@@ -9,15 +10,16 @@ use crate::tensor_info::TensorInfo;
 use crate::value::{Metadata, Value, write_string};
 use byteorder::{LittleEndian, WriteBytesExt};
 use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Metadata and tensor places: everything of a file but the tensor data.
 #[derive(Debug, Clone)]
 pub struct Layout {
     metadata: Metadata,
     tensors: Vec<TensorInfo>,
-    alignment: u64,
     header: Vec<u8>,
     file_bytes: u64,
 }
@@ -49,7 +51,7 @@ impl Layout {
         })?;
         header.resize((header.len() as u64).next_multiple_of(alignment) as usize, 0);
         let file_bytes = header.len() as u64 + offset;
-        Ok(Layout { metadata, tensors: infos, alignment, header, file_bytes })
+        Ok(Layout { metadata, tensors: infos, header, file_bytes })
     }
 
     pub fn metadata(&self) -> &Metadata {
@@ -89,15 +91,39 @@ pub(crate) fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[Te
 
 /// A file that bears its name only once it is whole and synced; its temporary goes if this is dropped before.
 pub struct PartFile {
-    out: BufWriter<File>,
-    /// Written since the disk was last asked to take it.
-    unsynced: u64,
-    ahead: SyncAhead,
+    out: Mutex<Out>,
+    /// Where `write` goes on.
+    end: u64,
     part: PathBuf,
     target: PathBuf,
     /// What the whole file takes, for messages.
     needed: u64,
     finished: bool,
+}
+
+struct Out {
+    file: File,
+    /// Written since the disk was last asked to take it.
+    unsynced: u64,
+    ahead: SyncAhead,
+}
+
+impl Out {
+    fn write_at(&mut self, start: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.file.seek(SeekFrom::Start(start))?;
+        self.file.write_all(bytes)?;
+        self.unsynced += bytes.len() as u64;
+        if self.unsynced >= SYNC_EVERY {
+            self.unsynced = 0;
+            self.ahead.begin(&self.file)?;
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> std::io::Result<()> {
+        self.ahead.end()?;
+        self.file.sync_all()
+    }
 }
 
 impl PartFile {
@@ -109,38 +135,33 @@ impl PartFile {
         }
         let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&part).map_err(|source| Error::Io { action: "create", path: part.clone(), source })?;
-        let ahead = SyncAhead::default();
-        Ok(PartFile {
-            out: BufWriter::with_capacity(1 << 20, file),
-            unsynced: 0,
-            ahead,
-            part,
-            target: target.to_owned(),
-            needed,
-            finished: false,
-        })
+        let out = Mutex::new(Out { file, unsynced: 0, ahead: SyncAhead::default() });
+        Ok(PartFile { out, end: 0, part, target: target.to_owned(), needed, finished: false })
     }
 
+    /// The next bytes. Unbuffered: give it many at a time.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|e| self.io("write", e))?;
-        self.unsynced += bytes.len() as u64;
-        if self.unsynced >= SYNC_EVERY {
-            self.unsynced = 0;
-            self.out.flush().and_then(|()| self.ahead.begin(self.out.get_ref())).map_err(|e| self.io("write", e))?;
-        }
+        self.write_at(self.end, bytes)?;
+        self.end += bytes.len() as u64;
         Ok(())
     }
 
-    fn write_at(&mut self, start: u64, bytes: &[u8]) -> Result<()> {
-        self.out.seek(SeekFrom::Start(start)).map_err(|e| self.io("write", e))?;
-        self.write(bytes)
+    /// From any thread. What lies between pieces is zero.
+    fn write_at(&self, start: u64, bytes: &[u8]) -> Result<()> {
+        // One at a time, as the system's own lock on a file would have it.
+        self.out.lock().unwrap_or_else(|e| e.into_inner()).write_at(start, bytes).map_err(|e| self.io("write", e))
     }
 
-    /// Flushes, syncs, renames, and syncs the folder.
+    /// Makes it `length` bytes, those after the last written being zero.
+    fn pad_to(&mut self, length: u64) -> Result<()> {
+        let grown = self.out.get_mut().unwrap_or_else(|e| e.into_inner()).file.set_len(length);
+        grown.map_err(|e| self.io("write", e))
+    }
+
+    /// Syncs, renames, and syncs the folder.
     pub fn finish(mut self) -> Result<()> {
-        self.out.flush().map_err(|e| self.io("write", e))?;
-        self.ahead.end().map_err(|e| self.io("sync", e))?;
-        self.out.get_ref().sync_all().map_err(|e| self.io("sync", e))?;
+        let synced = self.out.get_mut().unwrap_or_else(|e| e.into_inner()).sync();
+        synced.map_err(|e| self.io("sync", e))?;
         std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
         self.finished = true;
         sync_folder(&self.target);
@@ -203,14 +224,15 @@ pub(crate) fn sync_folder(file: &Path) {
     }
 }
 
-/// Takes the data of a layout's tensors, in order or each whole in any order, and makes the file appear whole.
+/// Takes the data of a layout's tensors, in order or by place, and makes the file appear whole.
 pub struct Writer {
     layout: Layout,
     out: PartFile,
-    current: usize,
-    written: u64,
     data_start: u64,
-    placed: Vec<bool>,
+    /// Bytes that are there of each tensor.
+    written: Vec<AtomicU64>,
+    /// The tensor that `write` is at.
+    current: usize,
 }
 
 impl Writer {
@@ -219,8 +241,8 @@ impl Writer {
         let mut out = PartFile::create(target, layout.file_bytes)?;
         let header = std::mem::take(&mut layout.header);
         out.write(&header)?;
-        let placed = vec![false; layout.tensors.len()];
-        Ok(Writer { layout, out, current: 0, written: 0, data_start: header.len() as u64, placed })
+        let written = layout.tensors.iter().map(|_| AtomicU64::new(0)).collect();
+        Ok(Writer { layout, out, data_start: header.len() as u64, written, current: 0 })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -232,44 +254,34 @@ impl Writer {
         let Some(t) = self.layout.tensors.get(self.current) else {
             return Err(Error::WrongLength { tensor: "(after the last)".into(), expected: 0, got: bytes.len() as u64 });
         };
-        let (n_bytes, after) = (t.n_bytes(), self.written + bytes.len() as u64);
-        if after > n_bytes {
-            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: n_bytes, got: after });
-        }
-        self.out.write(bytes)?;
-        self.written = after;
-        if after == n_bytes {
-            let padding = n_bytes.next_multiple_of(self.layout.alignment) - n_bytes;
-            self.out.write(&vec![0u8; padding as usize])?;
+        let (n_bytes, at) = (t.n_bytes(), *self.written[self.current].get_mut());
+        self.put(self.current, at, bytes)?;
+        if at + bytes.len() as u64 == n_bytes {
             self.current += 1;
-            self.written = 0;
         }
         Ok(())
     }
 
-    /// The whole of tensor `i`. A file takes its tensors this way, or all by `write`.
-    pub fn place(&mut self, i: usize, bytes: &[u8]) -> Result<()> {
+    /// The bytes of tensor `i` from its byte `at` on, from any thread; no byte comes twice.
+    pub fn put(&self, i: usize, at: u64, bytes: &[u8]) -> Result<()> {
         let t = &self.layout.tensors[i];
-        let (n_bytes, start) = (t.n_bytes(), self.data_start + t.offset());
-        if n_bytes != bytes.len() as u64 || self.current > 0 || self.written > 0 {
-            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: n_bytes, got: bytes.len() as u64 });
+        let n = bytes.len() as u64;
+        if at.checked_add(n).is_none_or(|end| end > t.n_bytes()) {
+            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: at.saturating_add(n) });
         }
-        let padding = n_bytes.next_multiple_of(self.layout.alignment) - n_bytes;
-        self.out.write_at(start, bytes)?;
-        self.out.write(&vec![0u8; padding as usize])?;
-        self.placed[i] = true;
+        self.out.write_at(self.data_start + t.offset() + at, bytes)?;
+        self.written[i].fetch_add(n, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Completes the file. Errors if a tensor is missing.
-    pub fn finish(self) -> Result<()> {
-        let missing = match self.placed.contains(&true) {
-            true => self.placed.iter().position(|p| !p),
-            false => Some(self.current),
-        };
-        if let Some(t) = missing.and_then(|i| self.layout.tensors.get(i)) {
-            return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: self.written });
+    /// Completes the file. Errors if a byte is missing.
+    pub fn finish(mut self) -> Result<()> {
+        for (t, written) in self.layout.tensors.iter().zip(&mut self.written) {
+            if *written.get_mut() != t.n_bytes() {
+                return Err(Error::WrongLength { tensor: t.name().to_owned(), expected: t.n_bytes(), got: *written.get_mut() });
+            }
         }
+        self.out.pad_to(self.layout.file_bytes)?;
         self.out.finish()
     }
 }

@@ -16,7 +16,10 @@ impl<C: Encode> Op for Encoder<'_, C> {
     type Out = ();
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
-        C::encode(self.values, self.importance, self.out);
+        match I::WIDE {
+            true => C::encode_wide(self.values, self.importance, self.out),
+            false => C::encode(self.values, self.importance, self.out),
+        }
     }
 }
 
@@ -32,6 +35,23 @@ impl<C: Codec> Op for Decoder<'_, C> {
     fn run<I: Isa>(self, _isa: I) {
         C::decode(self.bytes, self.out);
     }
+}
+
+struct Prefetch<'a>(&'a [u8]);
+
+impl Op for Prefetch<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for line in (0..self.0.len()).step_by(64) {
+            isa.prefetch(self.0.as_ptr().wrapping_add(line));
+        }
+    }
+}
+
+/// Asks for `bytes` to come into the cache while something else is computed.
+pub fn prefetch(bytes: &[u8]) {
+    isa::run(Prefetch(bytes));
 }
 
 fn encode_with<C: Encode>(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {

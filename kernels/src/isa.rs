@@ -51,6 +51,8 @@ pub trait Op {
 /// [`Isa::vectorize`] compiles for the ISA; call them nowhere else.
 pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
+    /// A vector is one register, and there are 32.
+    const WIDE: bool = false;
     /// 64 bytes.
     type Bytes: Copy;
     /// 16 × i32.

@@ -355,11 +355,20 @@ impl Rows<'_> {
         }
     }
 
-    /// Row `r` into `out` (`cols` values).
-    pub fn read(&self, r: usize, out: &mut [f32]) {
+    fn bytes(&self, r: usize) -> &[u8] {
         let size = self.size();
         let start = self.range.start + r * self.cols * size;
-        let bytes = &self.mapping.bytes()[start..start + self.cols * size];
+        &self.mapping.bytes()[start..start + self.cols * size]
+    }
+
+    /// Asks for row `r` while something else is computed.
+    pub fn prefetch(&self, r: usize) {
+        kernels::encode::prefetch(self.bytes(r));
+    }
+
+    /// Row `r` into `out` (`cols` values).
+    pub fn read(&self, r: usize, out: &mut [f32]) {
+        let bytes = self.bytes(r);
         match &self.convert {
             Convert::Plain { decode, .. } => decode(bytes, out),
             Convert::Fp8(scale) => {

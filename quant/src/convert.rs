@@ -1,11 +1,12 @@
 //! The converter: streams a plan's tensors through the encoders into files.
 //!
 //! ```text
-//! map ─ rows as f32 (all cores) ─ finite? ─ encode, once a file ─▶ batch of bytes ─▶ writer thread ─▶ files
+//! map ─ rows as f32 ─ finite? ─ encode, once a file ─▶ files        each worker, a piece of rows at a time
 //! ```
 //!
-//! Memory is a few batches of at most [`BATCH`] weights, whatever the model's
-//! size; source pages are given back as they are passed.
+//! A worker takes the next piece of a tensor, and writes what it made of it
+//! while that is still in its cache. Memory is a piece a worker, whatever the
+//! model's size; source pages are given back as they are passed.
 
 use crate::encode::gptq::Whole;
 use crate::encode::{self, Inputs, MatrixEncoder};
@@ -13,17 +14,16 @@ use crate::error::{Error, Result};
 use crate::plan::{Plan, Values};
 use gguf::{BlockType, Layout, Writer};
 use rayon::prelude::*;
-use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
 
-/// Weights encoded between two hand-overs to the writer: 32 MiB at most in
-/// F32, of which three exist at a time.
-const BATCH: usize = 8 << 20;
-/// Weights a worker converts at a time: 256 KiB of f32, within L2.
-const CHUNK: usize = 64 << 10;
+/// Weights of a piece: enough that a call of the system to write them is nothing beside them, little enough for L2.
+const PIECE: usize = 256 << 10;
+/// Weights a worker converts at a time: 32 KiB of f32, within L1.
+const CHUNK: usize = 8 << 10;
+/// Pieces after which the source's pages are given back.
+const RELEASE_EVERY: usize = 32;
 
 /// What a conversion tells its caller while it runs.
 pub trait Progress: Sync {
@@ -48,30 +48,14 @@ pub fn convert(plan: &Plan, target: &Path, threads: usize, progress: &dyn Progre
 pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, progress: &dyn Progress) -> Result<()> {
     outputs.iter().try_for_each(|(_, target)| refuse_overwriting_source(plan, target))?;
     let pool = pool(threads)?;
-    let mut writers = outputs.iter().map(|(layout, target)| Writer::create(target, layout.clone())).collect::<gguf::Result<Vec<_>>>()?;
+    let writers = outputs.iter().map(|(layout, target)| Writer::create(target, layout.clone())).collect::<gguf::Result<Vec<_>>>()?;
     let layouts: Vec<&Layout> = outputs.iter().map(|o| &o.0).collect();
-    // A batch of rows of a tensor, in each layout.
-    let (send, receive) = sync_channel::<Vec<Vec<u8>>>(1);
-    let spare = Spare::default();
-    std::thread::scope(|scope| {
-        let spare_of_writer = &spare;
-        let writing = scope.spawn(move || -> Result<Vec<Writer>> {
-            for batch in receive {
-                writers.iter_mut().zip(&batch).try_for_each(|(w, bytes)| w.write(bytes))?;
-                spare_of_writer.put(batch);
-            }
-            Ok(writers)
-        });
-        let out = ToWriter { send, spare: &spare };
-        let encoded = (0..plan.layout().tensors().len()).try_for_each(|i| convert_tensor(plan, &layouts, i, &[], &pool, progress, &out));
-        drop(out);
-        let written = writing.join().map_err(|_| Error::Worker { reason: "the writer stopped".into() })?;
-        // A writer that failed closes the channel, so its error is the cause and comes first.
-        let writers = written?;
-        encoded?;
-        plan.check_source()?;
-        Ok(writers.into_iter().try_for_each(Writer::finish)?)
-    })
+    (0..plan.layout().tensors().len()).try_for_each(|i| {
+        let out = |file: usize, at: usize, bytes: &[u8]| Ok(writers[file].put(i, at as u64, bytes)?);
+        convert_tensor(plan, &layouts, i, &[], &pool, progress, &out)
+    })?;
+    plan.check_source()?;
+    Ok(writers.into_iter().try_for_each(Writer::finish)?)
 }
 
 /// A conversion whose caller says which tensor comes next, and is given its bytes.
@@ -93,14 +77,18 @@ impl<'p> Stepwise<'p> {
     }
 
     /// Encodes tensor `name`, each part against its `wholes` where there are any, and writes it.
-    pub fn tensor(&mut self, name: &str, wholes: &[Option<Whole>], progress: &dyn Progress) -> Result<Vec<u8>> {
+    pub fn tensor(&self, name: &str, wholes: &[Option<Whole>], progress: &dyn Progress) -> Result<Vec<u8>> {
         let layout = self.plan.layout();
         let place = layout.tensors().iter().position(|t| t.name() == name);
         let i = place.ok_or_else(|| gguf::Error::MissingTensor { tensor: name.to_owned() })?;
-        let out = Collected(RefCell::new(Vec::with_capacity(layout.tensors()[i].n_bytes() as usize)));
+        let all = Mutex::new(vec![0; layout.tensors()[i].n_bytes() as usize]);
+        let out = |_: usize, at: usize, bytes: &[u8]| {
+            all.lock().unwrap_or_else(|e| e.into_inner())[at..at + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        };
         convert_tensor(self.plan, &[layout], i, wholes, &self.pool, progress, &out)?;
-        let bytes = out.0.into_inner();
-        self.writer.place(i, &bytes)?;
+        let bytes = all.into_inner().unwrap_or_else(|e| e.into_inner());
+        self.writer.put(i, 0, &bytes)?;
         Ok(bytes)
     }
 
@@ -123,66 +111,8 @@ fn refuse_overwriting_source(plan: &Plan, target: &Path) -> Result<()> {
     }
 }
 
-/// One tensor's encoding in one layout.
-enum Encoding<'a> {
-    /// The source's bytes, which are of the type asked for.
-    Copy(&'a [u8]),
-    Encode(MatrixEncoder<'a>),
-}
-
-/// Batches that were written, whose memory serves again: fresh pages cost a fault each.
-#[derive(Default)]
-struct Spare(Mutex<Vec<Vec<Vec<u8>>>>);
-
-impl Spare {
-    fn put(&self, batch: Vec<Vec<u8>>) {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(batch);
-    }
-
-    fn take(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
-        let mut batch = self.0.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
-        batch.resize_with(lengths.len(), Vec::new);
-        batch.iter_mut().zip(lengths).for_each(|(b, n)| b.resize(*n, 0));
-        batch
-    }
-}
-
-/// Where batches of encoded rows go: of each, the bytes in every layout.
-trait Output {
-    /// Buffers of these lengths, whatever is in them.
-    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>>;
-    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()>;
-}
-
-/// To the thread that writes, which gives the buffers back.
-struct ToWriter<'a> {
-    send: SyncSender<Vec<Vec<u8>>>,
-    spare: &'a Spare,
-}
-
-impl Output for ToWriter<'_> {
-    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
-        self.spare.take(lengths)
-    }
-
-    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()> {
-        self.send.send(batch).map_err(|_| Error::Cancelled)
-    }
-}
-
-/// One layout's bytes, one after the other.
-struct Collected(RefCell<Vec<u8>>);
-
-impl Output for Collected {
-    fn buffers(&self, lengths: &[usize]) -> Vec<Vec<u8>> {
-        lengths.iter().map(|n| vec![0; *n]).collect()
-    }
-
-    fn put(&self, batch: Vec<Vec<u8>>) -> Result<()> {
-        batch.iter().for_each(|b| self.0.borrow_mut().extend_from_slice(b));
-        Ok(())
-    }
-}
+/// Takes what a tensor's rows became: of which file, from which byte of the tensor on, the bytes. From any thread.
+type Output<'a> = &'a (dyn Fn(usize, usize, &[u8]) -> Result<()> + Sync);
 
 fn convert_tensor(
     plan: &Plan,
@@ -191,7 +121,7 @@ fn convert_tensor(
     wholes: &[Option<Whole>],
     pool: &rayon::ThreadPool,
     progress: &dyn Progress,
-    output: &dyn Output,
+    output: Output,
 ) -> Result<()> {
     let info = &plan.layout().tensors()[i];
     let blocks: Vec<&'static BlockType> = layouts.iter().map(|l| l.tensors()[i].block()).collect();
@@ -210,43 +140,45 @@ fn convert_tensor(
     let n_parts = encode::n_parts(info);
     for part in 0..n_parts {
         let inputs = pool.install(|| Inputs::new(info, part, calibration, by_blocks))?;
-        let encodings = blocks
-            .iter()
-            .map(|block| match copied(block) {
-                Some(bytes) => Ok(Encoding::Copy(bytes)),
+        let encoding = |(block, row_bytes): (&&'static BlockType, &usize)| {
+            let way = match copied(block) {
+                Some(bytes) => Way::Copy(bytes),
                 None => {
                     let encoder = MatrixEncoder::new(block, cols, &inputs)?;
-                    Ok(Encoding::Encode(match wholes.get(part) {
+                    Way::Encode(match wholes.get(part) {
                         Some(Some(whole)) => encoder.against(whole),
                         _ => encoder,
-                    }))
+                    })
                 }
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let at_once = encodings.iter().map(|e| if let Encoding::Encode(e) = e { e.rows_at_once(CHUNK) } else { CHUNK.div_ceil(cols) });
-        let chunk_rows = at_once.max().unwrap_or(1);
-        let batch_rows = (BATCH / cols).max(1).next_multiple_of(chunk_rows);
-        let end = (part + 1) * (rows / n_parts);
-        for first in (part * (rows / n_parts)..end).step_by(batch_rows) {
+            };
+            Ok(Encoding { way, row_bytes: *row_bytes })
+        };
+        let encodings = blocks.iter().zip(&row_bytes).map(encoding).collect::<Result<Vec<_>>>()?;
+        let matrix = Matrix { values: &values, cols, encodings: &encodings, bad: &bad };
+        let chunk = matrix.rows_at_once();
+        let (start, end) = (part * (rows / n_parts), (part + 1) * (rows / n_parts));
+        let piece = (PIECE / cols).max(1).next_multiple_of(chunk);
+        let convert_piece = |buffers: &mut Buffers, (k, first): (usize, usize)| {
             if progress.cancelled() {
                 return Err(Error::Cancelled);
             }
-            let n = batch_rows.min(end - first);
-            let mut batch = output.buffers(&row_bytes.iter().map(|b| n * b).collect::<Vec<_>>());
-            let mut chunks: Vec<Vec<&mut [u8]>> = (0..n.div_ceil(chunk_rows)).map(|_| Vec::with_capacity(blocks.len())).collect();
-            for (out, row_bytes) in batch.iter_mut().zip(&row_bytes) {
-                chunks.iter_mut().zip(out.chunks_mut(chunk_rows * row_bytes)).for_each(|(chunk, out)| chunk.push(out));
+            let n = piece.min(end - first);
+            if k % RELEASE_EVERY == 0 {
+                values.release_before(first);
             }
-            pool.install(|| {
-                chunks.into_par_iter().enumerate().for_each(|(k, outs)| {
-                    let first = first + k * chunk_rows;
-                    encode_rows(&values, first, chunk_rows.min(end - first), cols, &encodings, outs, &bad);
-                });
-            });
-            values.release_before(first + n);
+            if matrix.convert(first, n, chunk, buffers) {
+                for (file, (out, e)) in buffers.outs.iter().zip(&encodings).enumerate() {
+                    let at = first * e.row_bytes;
+                    output(file, at, if let Way::Copy(bytes) = e.way { &bytes[at..at + n * e.row_bytes] } else { out })?;
+                }
+            }
             progress.advanced(info.name(), (n * cols) as u64);
-            output.put(batch)?;
-        }
+            Ok(())
+        };
+        // A bridge gives the pieces in order, so that files are read and written nearly front to back.
+        let pieces = (start..end).step_by(piece).enumerate().par_bridge();
+        pool.install(|| pieces.try_for_each_init(Buffers::default, convert_piece))?;
+        values.release_before(end);
     }
     let (nan, inf) = (bad.0.into_inner(), bad.1.into_inner());
     if nan + inf > 0 {
@@ -255,40 +187,91 @@ fn convert_tensor(
     Ok(())
 }
 
-/// `n` rows from `first` on, in each encoding.
-fn encode_rows(
-    values: &Values,
-    first: usize,
-    n: usize,
+/// One tensor's encoding in one layout.
+struct Encoding<'a> {
+    way: Way<'a>,
+    row_bytes: usize,
+}
+
+enum Way<'a> {
+    /// The source's bytes, which are of the type asked for.
+    Copy(&'a [u8]),
+    Encode(MatrixEncoder<'a>),
+}
+
+impl<'a> Encoding<'a> {
+    fn encoder(&self) -> Option<&MatrixEncoder<'a>> {
+        match &self.way {
+            Way::Copy(_) => None,
+            Way::Encode(encoder) => Some(encoder),
+        }
+    }
+}
+
+/// What a worker keeps from piece to piece: fresh memory costs a fault a page.
+#[derive(Default)]
+struct Buffers {
+    /// A chunk's values.
+    x: Vec<f32>,
+    /// A piece's bytes in each layout.
+    outs: Vec<Vec<u8>>,
+}
+
+/// A matrix and what becomes of its rows.
+struct Matrix<'a> {
+    values: &'a Values<'a>,
     cols: usize,
-    encodings: &[Encoding],
-    outs: Vec<&mut [u8]>,
-    bad: &(AtomicU64, AtomicU64),
-) {
-    let mut x = Vec::new();
-    for (encoding, out) in encodings.iter().zip(outs) {
-        let encoder = match encoding {
-            Encoding::Copy(bytes) => {
-                let row_bytes = out.len() / n;
-                out.copy_from_slice(&bytes[first * row_bytes..(first + n) * row_bytes]);
+    encodings: &'a [Encoding<'a>],
+    /// NaN and infinite values seen.
+    bad: &'a (AtomicU64, AtomicU64),
+}
+
+impl Matrix<'_> {
+    /// Rows that the encoders are best given at a time.
+    fn rows_at_once(&self) -> usize {
+        self.encodings.iter().filter_map(|e| Some(e.encoder()?.rows_at_once(CHUNK))).max().unwrap_or(1)
+    }
+
+    /// Encodes `n` rows from `first` on, `chunk` at a time, into the buffers; false: they are not all finite.
+    fn convert(&self, first: usize, n: usize, chunk: usize, buffers: &mut Buffers) -> bool {
+        buffers.outs.resize_with(self.encodings.len(), Vec::new);
+        let mut encoded: Vec<_> =
+            buffers.outs.iter_mut().zip(self.encodings).filter_map(|(out, e)| Some((out, e.encoder()?, e.row_bytes))).collect();
+        if encoded.is_empty() {
+            return true;
+        }
+        encoded.iter_mut().for_each(|(out, _, row_bytes)| out.resize(n * *row_bytes, 0));
+        let mut finite = true;
+        for done in (0..n).step_by(chunk) {
+            let rows = chunk.min(n - done);
+            buffers.x.resize(rows * self.cols, 0.0);
+            for (r, x) in buffers.x.chunks_exact_mut(self.cols).enumerate() {
+                let row = first + done + r;
+                if row + 1 < first + n {
+                    self.values.prefetch(row + 1);
+                }
+                self.values.read(row, x);
+            }
+            if !self.check(&buffers.x) {
+                finite = false; // The file will not be finished; do not feed the search what it cannot rank.
                 continue;
             }
-            Encoding::Encode(encoder) => encoder,
-        };
-        if x.is_empty() {
-            x.resize(n * cols, 0.0f32);
-            for (r, x) in x.chunks_exact_mut(cols).enumerate() {
-                values.read(first + r, x);
-            }
-            // Without an early exit, so that it is a vector loop: an exponent of all ones is NaN or infinite.
-            const EXPONENT: u32 = 0x7f80_0000;
-            if x.iter().fold(false, |bad, v| bad | (v.to_bits() & EXPONENT == EXPONENT)) {
-                let nan = x.iter().filter(|v| v.is_nan()).count() as u64;
-                bad.0.fetch_add(nan, Ordering::Relaxed);
-                bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
-                return; // The file will not be finished; do not feed the search what it cannot rank.
+            for (out, encoder, row_bytes) in &mut encoded {
+                encoder.encode(&buffers.x, &mut out[done * *row_bytes..(done + rows) * *row_bytes]);
             }
         }
-        encoder.encode(&x, out);
+        finite
+    }
+
+    /// Whether all are finite; counts what is not.
+    fn check(&self, x: &[f32]) -> bool {
+        // Without an early exit, so that it is a vector loop: an exponent of all ones is NaN or infinite.
+        const EXPONENT: u32 = 0x7f80_0000;
+        let bad = x.iter().fold(false, |bad, v| bad | (v.to_bits() & EXPONENT == EXPONENT));
+        if bad {
+            self.bad.0.fetch_add(x.iter().filter(|v| v.is_nan()).count() as u64, Ordering::Relaxed);
+            self.bad.1.fetch_add(x.iter().filter(|v| v.is_infinite()).count() as u64, Ordering::Relaxed);
+        }
+        !bad
     }
 }

@@ -216,6 +216,18 @@ impl Values<'_> {
         }
     }
 
+    /// Asks for row `r` while something else is computed.
+    pub(crate) fn prefetch(&self, r: usize) {
+        match self {
+            Values::Computed(_) => {}
+            Values::Checkpoint { parts, rows_per_part, head_dim } => {
+                let within = r % rows_per_part;
+                parts[r / rows_per_part].prefetch(head_dim.map_or(within, |d| halves_row(within, d)));
+            }
+            Values::Gguf { bytes, row_bytes, .. } => kernels::encode::prefetch(&bytes[r * row_bytes..(r + 1) * row_bytes]),
+        }
+    }
+
     pub(crate) fn release_before(&self, r: usize) {
         if let Values::Checkpoint { parts, rows_per_part, .. } = self {
             for (i, p) in parts.iter().enumerate() {

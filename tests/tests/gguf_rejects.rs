@@ -200,9 +200,35 @@ fn unfinished_files_never_bear_the_name() {
     let mut w = Writer::create(&path, layout()).unwrap();
     assert!(matches!(w.write(&[0; 33]), Err(Error::WrongLength { .. })));
     drop(w);
+    let w = Writer::create(&path, layout()).unwrap();
+    w.put(0, 16, &[2; 16]).unwrap();
+    assert!(matches!(w.put(0, 17, &[2; 16]), Err(Error::WrongLength { .. })));
+    assert!(matches!(w.put(0, u64::MAX, &[2; 16]), Err(Error::WrongLength { .. })));
+    assert!(matches!(w.finish(), Err(Error::WrongLength { .. })), "the first half is missing");
     assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
     assert!(matches!(Writer::create(&folder.0, layout()), Err(Error::TargetIsDirectory { .. })));
     assert!(Layout::new(metadata(), vec![("t".into(), vec![8], &F32), ("t".into(), vec![8], &F32)]).is_err());
+}
+
+/// Pieces by place, last first: each where it belongs, and zeros between tensors.
+#[test]
+fn pieces_may_come_in_any_order() {
+    let folder = Folder::new("places");
+    let path = folder.file("x.gguf");
+    let layout = Layout::new(metadata(), vec![("a".into(), vec![3], &F32), ("b".into(), vec![2], &F32)]).unwrap();
+    let w = Writer::create(&path, layout.clone()).unwrap();
+    std::thread::scope(|s| {
+        let w = &w;
+        for (tensor, at, byte) in [(1, 4, 4u8), (1, 0, 3), (0, 8, 2), (0, 0, 1)] {
+            s.spawn(move || w.put(tensor, at, &vec![byte; if (tensor, at) == (0, 0) { 8 } else { 4 }]).unwrap());
+        }
+    });
+    w.finish().unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), layout.file_bytes());
+    let bytes = std::fs::read(&path).unwrap();
+    let start = ModelFile::open(&path).unwrap().place("a").unwrap().1.start;
+    let expected = [&[1u8; 8][..], &[2; 4], &[0; 20], &[3; 4], &[4; 4], &[0; 24]].concat();
+    assert_eq!(bytes[start..], expected);
 }
 
 /// A real file cut at many places, and with many bytes flipped, opens or fails, but never panics.

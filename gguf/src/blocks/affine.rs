@@ -29,6 +29,8 @@ use super::{Step, k_scales};
 const LANES: usize = 16;
 const SUB: usize = 32;
 type Lane = [f32; LANES];
+/// Candidates that are tried side by side where sixteen lanes are one register of 32; elsewhere their sums would not stay in registers.
+pub const WIDE: usize = 3;
 
 /// One encoded super-block, before packing.
 pub struct SuperBlock {
@@ -50,8 +52,9 @@ impl SuperBlock {
 }
 
 /// Encodes all super-blocks of `values` with quants 0..=TOP, handing each to `store`.
+/// N candidates, 1 or 3, are tried side by side, to the same result.
 #[inline(always)]
-pub fn encode<const TOP: i32>(values: &[f32], importance: Option<&[f32]>, mut store: impl FnMut(usize, &SuperBlock)) {
+pub fn encode<const TOP: i32, const N: usize>(values: &[f32], importance: Option<&[f32]>, mut store: impl FnMut(usize, &SuperBlock)) {
     let n = values.len() / 256;
     let mut x = [[0.0f32; LANES]; SUB];
     let mut w = [[0.0f32; LANES]; SUB];
@@ -65,8 +68,8 @@ pub fn encode<const TOP: i32>(values: &[f32], importance: Option<&[f32]>, mut st
             }
         }
         let total = weigh(&x, importance.is_some(), &mut w);
-        let (s, m) = fit::<TOP>(&x, &w, &total);
-        let out = round_scales::<TOP>(&x, &w, &s, &m);
+        let (s, m) = fit::<TOP, N>(&x, &w, &total);
+        let out = round_scales::<TOP, N>(&x, &w, &s, &m);
         for (half, &b) in blocks.iter().enumerate() {
             if half == 0 || b != first {
                 store(b, &finish::<TOP>(&values[256 * b..256 * (b + 1)], &out, half));
@@ -123,10 +126,25 @@ fn weigh(x: &[Lane; SUB], important: bool, w: &mut [Lane; SUB]) -> Lane {
     total
 }
 
+/// What all grids of the first step share, a lane each.
+struct Fit<'a> {
+    x: &'a [Lane; SUB],
+    w: &'a [Lane; SUB],
+    wx: [Lane; SUB],
+    lo: Lane,
+    range: Lane,
+    /// Σ ω, Σ ω x, Σ ω x².
+    sw: Lane,
+    swx: Lane,
+    swx2: Lane,
+    least: Lane,
+    scale: Lane,
+    min: Lane,
+}
+
 /// Step 1: float (scale, min) a lane, min given as the positive amount subtracted.
 #[inline(always)]
-pub fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
-    let top = TOP as f32;
+pub fn fit<const TOP: i32, const N: usize>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane, Lane) {
     let (mut lo, mut hi) = ([0.0f32; LANES], x[0]);
     let (mut swx, mut swx2, mut wx) = ([0.0f32; LANES], [0.0f32; LANES], [[0.0f32; LANES]; SUB]);
     for j in 0..SUB {
@@ -139,116 +157,164 @@ pub fn fit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], sw: &Lane) -> (Lane
             swx2[l] += wx[j][l] * v;
         }
     }
-    let (mut best, mut scale, mut min) = ([f32::INFINITY; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    let (mut range, mut scale, mut min) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
-        scale[l] = (hi[l] - lo[l]) / top;
+        range[l] = hi[l] - lo[l];
+        scale[l] = range[l] / TOP as f32;
         min[l] = -lo[l];
     }
-    for step in 0..21 {
-        let widen = top - 1.0 + 0.1 * step as f32;
-        let mut inv = [0.0f32; LANES];
-        for l in 0..LANES {
-            let range = hi[l] - lo[l];
-            inv[l] = if range > 0.0 { widen / range } else { 0.0 };
-        }
-        let (mut sq, mut sqq, mut sqx) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-        for j in 0..SUB {
-            for l in 0..LANES {
-                let q = nearest(inv[l] * (x[j][l] - lo[l]));
-                let q = if q < top { q } else { top };
-                let wq = w[j][l] * q;
-                sq[l] += wq;
-                sqq[l] += wq * q;
-                sqx[l] += wx[j][l] * q;
-            }
-        }
-        for l in 0..LANES {
-            let det = sw[l] * sqq[l] - sq[l] * sq[l];
-            let mut s = (sw[l] * sqx[l] - swx[l] * sq[l]) / det;
-            let mut m = (sqq[l] * swx[l] - sq[l] * sqx[l]) / det;
-            if m > 0.0 {
-                m = 0.0;
-                s = sqx[l] / sqq[l];
-            }
-            let err = swx2[l] + s * s * sqq[l] + m * m * sw[l] + 2.0 * (s * m * sq[l] - s * sqx[l] - m * swx[l]);
-            // A NaN (det 0) compares false and keeps what there was.
-            if det > 0.0 && err < best[l] {
-                best[l] = err;
-                scale[l] = s;
-                min[l] = -m;
-            }
-        }
+    let mut fit = Fit { x, w, wx, lo, range, sw: *sw, swx, swx2, least: [f32::INFINITY; LANES], scale, min };
+    // The range becomes TOP − 1 to TOP + 1 steps; from TOP + ½ on its end has to be clamped.
+    for first in (0..15).step_by(N) {
+        fit.try_grids::<TOP, N, false>(first);
+    }
+    for first in (15..21).step_by(N) {
+        fit.try_grids::<TOP, N, true>(first);
     }
     for l in 0..LANES {
-        if hi[l] <= lo[l] {
-            scale[l] = 0.0;
+        if range[l] <= 0.0 {
+            fit.scale[l] = 0.0;
         }
     }
-    (scale, min)
+    (fit.scale, fit.min)
 }
 
-/// Weighted error of rounding with scale `s` and min `m`, a lane each.
-#[inline(always)]
-fn rounding_error<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> Lane {
-    let mut inv = [0.0f32; LANES];
-    for l in 0..LANES {
-        inv[l] = inverse(s[l]);
+impl Fit<'_> {
+    /// Rounds to N grids from number `first` on, and keeps the least squares of the best.
+    #[inline(always)]
+    fn try_grids<const TOP: i32, const N: usize, const CLAMP: bool>(&mut self, first: usize) {
+        let top = TOP as f32;
+        let mut inv = [[0.0f32; LANES]; N];
+        for c in 0..N {
+            let widen = top - 1.0 + 0.1 * (first + c) as f32;
+            for l in 0..LANES {
+                inv[c][l] = if self.range[l] > 0.0 { widen / self.range[l] } else { 0.0 };
+            }
+        }
+        let mut sums = [[[0.0f32; LANES]; 3]; N];
+        for j in 0..SUB {
+            let mut above = [0.0f32; LANES];
+            for l in 0..LANES {
+                above[l] = self.x[j][l] - self.lo[l];
+            }
+            for c in 0..N {
+                let [sq, sqq, sqx] = &mut sums[c];
+                for l in 0..LANES {
+                    let q = nearest(inv[c][l] * above[l]);
+                    let q = if !CLAMP || q < top { q } else { top };
+                    let wq = self.w[j][l] * q;
+                    sq[l] += wq;
+                    sqq[l] += wq * q;
+                    sqx[l] += self.wx[j][l] * q;
+                }
+            }
+        }
+        for [sq, sqq, sqx] in &sums {
+            for l in 0..LANES {
+                let (sw, swx) = (self.sw[l], self.swx[l]);
+                let det = sw * sqq[l] - sq[l] * sq[l];
+                let inv_det = 1.0 / det;
+                let mut s = (sw * sqx[l] - swx * sq[l]) * inv_det;
+                let mut m = (sqq[l] * swx - sq[l] * sqx[l]) * inv_det;
+                if m > 0.0 {
+                    m = 0.0;
+                    s = sqx[l] / sqq[l];
+                }
+                let err = self.swx2[l] + s * s * sqq[l] + m * m * sw + 2.0 * (s * m * sq[l] - s * sqx[l] - m * swx);
+                // A NaN (det 0) compares false and keeps what there was.
+                if det > 0.0 && err < self.least[l] {
+                    self.least[l] = err;
+                    self.scale[l] = s;
+                    self.min[l] = -m;
+                }
+            }
+        }
     }
-    let mut err = [0.0f32; LANES];
-    for j in 0..SUB {
+}
+
+/// Weighted errors of rounding with each of `n` scales and mins, a lane each.
+#[inline(always)]
+fn rounding_errors<const TOP: i32, const N: usize>(x: &[Lane; SUB], w: &[Lane; SUB], s: &[Lane; N], m: &[Lane; N]) -> [Lane; N] {
+    let mut inv = [[0.0f32; LANES]; N];
+    for c in 0..N {
         for l in 0..LANES {
-            let q = clamp(nearest((x[j][l] + m[l]) * inv[l]), 0.0, TOP as f32);
-            let e = x[j][l] + m[l] - s[l] * q;
-            err[l] += w[j][l] * e * e;
+            inv[c][l] = inverse(s[c][l]);
+        }
+    }
+    let mut err = [[0.0f32; LANES]; N];
+    for j in 0..SUB {
+        for c in 0..N {
+            for l in 0..LANES {
+                let q = clamp(nearest((x[j][l] + m[c][l]) * inv[c][l]), 0.0, TOP as f32);
+                let e = x[j][l] + m[c][l] - s[c][l] * q;
+                err[c][l] += w[j][l] * e * e;
+            }
         }
     }
     err
 }
 
-/// Integer scale and min a lane, and the resulting error.
+/// Integer scale and min a lane, and the resulting error; d and dmin are one in the lanes of a super-block.
+#[derive(Clone, Copy)]
 struct Rounded {
-    d: [f32; 2],
-    dmin: [f32; 2],
+    d: Lane,
+    dmin: Lane,
     scale: Lane,
     min: Lane,
     err: Lane,
 }
 
-impl Rounded {
-    #[inline(always)]
-    fn error_of(&self, half: usize) -> f32 {
-        self.err[8 * half..8 * half + 8].iter().sum()
+/// `f` over the eight lanes of each super-block, in all of them: by halves, so that lanes stay vectors.
+#[inline(always)]
+fn over_each_half(mut v: Lane, f: impl Fn(f32, f32) -> f32) -> Lane {
+    for apart in [4, 2, 1] {
+        let mut out = [0.0f32; LANES];
+        for l in 0..LANES {
+            out[l] = f(v[l], v[l ^ apart]);
+        }
+        v = out;
     }
+    v
+}
+
+#[inline(always)]
+fn sums(v: &Lane) -> Lane {
+    over_each_half(*v, |a, b| a + b)
+}
+
+/// The f16 of which the largest of a super-block is `top` times as much.
+#[inline(always)]
+fn unit_of(v: &Lane, top: f32) -> Lane {
+    let mut unit = over_each_half(*v, |a, b| if a > b { a } else { b });
+    for u in &mut unit {
+        *u = round_to_f16(if *u > 0.0 { *u / top } else { 0.0 });
+    }
+    unit
 }
 
 /// Steps 2 to 4.
 #[inline(always)]
-fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> Rounded {
-    let mut d = [0.0f32; 2];
-    let mut dmin = [0.0f32; 2];
-    for half in 0..2 {
-        d[half] = round_to_f16(s[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
-        dmin[half] = round_to_f16(m[8 * half..8 * half + 8].iter().fold(0.0f32, |a, &b| a.max(b)) / 63.0);
-    }
-    let mut best = search_integers::<TOP>(x, w, s, m, d, dmin);
+fn round_scales<const TOP: i32, const N: usize>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane) -> Rounded {
+    let mut best = search_integers::<TOP, N>(x, w, s, m, unit_of(s, 63.0), unit_of(m, 63.0));
     for _ in 0..2 {
         let (d, dmin) = refit::<TOP>(x, w, &best);
         let (mut s, mut m) = ([0.0f32; LANES], [0.0f32; LANES]);
         for l in 0..LANES {
-            s[l] = best.d[l / 8] * best.scale[l];
-            m[l] = best.dmin[l / 8] * best.min[l];
+            s[l] = best.d[l] * best.scale[l];
+            m[l] = best.dmin[l] * best.min[l];
         }
-        let again = search_integers::<TOP>(x, w, &s, &m, d, dmin);
+        let again = search_integers::<TOP, N>(x, w, &s, &m, d, dmin);
+        let (before, after) = (sums(&best.err), sums(&again.err));
+        let kept = best;
         let mut improved = false;
-        for half in 0..2 {
-            if again.error_of(half) < best.error_of(half) {
-                improved = true;
-                best.d[half] = again.d[half];
-                best.dmin[half] = again.dmin[half];
-                for l in 8 * half..8 * half + 8 {
-                    (best.scale[l], best.min[l], best.err[l]) = (again.scale[l], again.min[l], again.err[l]);
-                }
-            }
+        for l in 0..LANES {
+            let better = after[l] < before[l];
+            improved |= better;
+            best.d[l] = if better { again.d[l] } else { kept.d[l] };
+            best.dmin[l] = if better { again.dmin[l] } else { kept.dmin[l] };
+            best.scale[l] = if better { again.scale[l] } else { kept.scale[l] };
+            best.min[l] = if better { again.min[l] } else { kept.min[l] };
+            best.err[l] = if better { again.err[l] } else { kept.err[l] };
         }
         if !improved {
             break; // The next round would be this one again.
@@ -259,40 +325,65 @@ fn round_scales<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &
 
 /// Step 3: the integer scale and min around the float ones with the least error.
 #[inline(always)]
-fn search_integers<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane, d: [f32; 2], dmin: [f32; 2]) -> Rounded {
+fn search_integers<const TOP: i32, const N: usize>(x: &[Lane; SUB], w: &[Lane; SUB], s: &Lane, m: &Lane, d: Lane, dmin: Lane) -> Rounded {
     let (mut centre_s, mut centre_m) = ([0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
-        centre_s[l] = clamp(nearest(s[l] * inverse(d[l / 8])), 0.0, 63.0);
-        centre_m[l] = clamp(nearest(m[l] * inverse(dmin[l / 8])), 0.0, 63.0);
+        centre_s[l] = clamp(nearest(s[l] * inverse(d[l])), 0.0, 63.0);
+        centre_m[l] = clamp(nearest(m[l] * inverse(dmin[l])), 0.0, 63.0);
     }
     let mut best = Rounded { d, dmin, scale: centre_s, min: centre_m, err: [f32::INFINITY; LANES] };
-    for (ds, dm) in [(0.0, 0.0), (0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (1.0, 1.0), (-1.0, -1.0)] {
-        let (mut si, mut mi, mut sf, mut mf) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-        for l in 0..LANES {
-            si[l] = clamp(centre_s[l] + ds, 0.0, 63.0);
-            mi[l] = clamp(centre_m[l] + dm, 0.0, 63.0);
-            sf[l] = d[l / 8] * si[l];
-            mf[l] = dmin[l / 8] * mi[l];
-        }
-        let err = rounding_error::<TOP>(x, w, &sf, &mf);
-        for l in 0..LANES {
-            if err[l] < best.err[l] {
-                (best.err[l], best.scale[l], best.min[l]) = (err[l], si[l], mi[l]);
-            }
-        }
+    try_integers::<TOP, 1>(x, w, &centre_s, &centre_m, &[(0.0, 0.0)], &mut best);
+    let around = [(0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (1.0, 1.0), (-1.0, -1.0)];
+    for apart in around.as_chunks::<N>().0 {
+        try_integers::<TOP, N>(x, w, &centre_s, &centre_m, apart, &mut best);
     }
     best
 }
 
+/// Integers so far from the centre, side by side; `best` takes the better.
+#[inline(always)]
+fn try_integers<const TOP: i32, const N: usize>(
+    x: &[Lane; SUB],
+    w: &[Lane; SUB],
+    centre_s: &Lane,
+    centre_m: &Lane,
+    apart: &[(f32, f32); N],
+    best: &mut Rounded,
+) {
+    let mut lanes = [[[0.0f32; LANES]; N]; 4];
+    let [si, mi, sf, mf] = &mut lanes;
+    for (c, (ds, dm)) in apart.iter().enumerate() {
+        for l in 0..LANES {
+            si[c][l] = clamp(centre_s[l] + ds, 0.0, 63.0);
+            mi[c][l] = clamp(centre_m[l] + dm, 0.0, 63.0);
+            sf[c][l] = best.d[l] * si[c][l];
+            mf[c][l] = best.dmin[l] * mi[c][l];
+        }
+    }
+    let err = rounding_errors::<TOP, N>(x, w, sf, mf);
+    for c in 0..N {
+        for l in 0..LANES {
+            let less = err[c][l] < best.err[l];
+            best.scale[l] = if less { si[c][l] } else { best.scale[l] };
+            best.min[l] = if less { mi[c][l] } else { best.min[l] };
+            best.err[l] = if less { err[c][l] } else { best.err[l] };
+        }
+    }
+}
+
 /// Step 4's new (d, dmin): least squares of Σ ω (w − d·a + dmin·b)², a = scale·q, b = min.
 #[inline(always)]
-fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32; 2], [f32; 2]) {
+fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> (Lane, Lane) {
     let (mut aa, mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     let (mut ax, mut bx) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (mut inv, mut m) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        inv[l] = inverse(r.d[l] * r.scale[l]);
+        m[l] = r.dmin[l] * r.min[l];
+    }
     for j in 0..SUB {
         for l in 0..LANES {
-            let s = r.d[l / 8] * r.scale[l];
-            let q = clamp(nearest((x[j][l] + r.dmin[l / 8] * r.min[l]) * inverse(s)), 0.0, TOP as f32);
+            let q = clamp(nearest((x[j][l] + m[l]) * inv[l]), 0.0, TOP as f32);
             let (a, b, wt) = (r.scale[l] * q, r.min[l], w[j][l]);
             aa[l] += wt * a * a;
             ab[l] += wt * a * b;
@@ -301,22 +392,18 @@ fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32
             bx[l] += wt * b * x[j][l];
         }
     }
+    let (aa, ab, bb, ax, bx) = (sums(&aa), sums(&ab), sums(&bb), sums(&ax), sums(&bx));
     let (mut d, mut dmin) = (r.d, r.dmin);
-    for half in 0..2 {
-        let sum = |v: &Lane| v[8 * half..8 * half + 8].iter().sum::<f32>();
-        let (aa, ab, bb, ax, bx) = (sum(&aa), sum(&ab), sum(&bb), sum(&ax), sum(&bx));
-        let det = aa * bb - ab * ab;
-        if det > 1e-6 * aa * bb {
-            let new_d = round_to_f16((ax * bb - bx * ab) / det);
-            let new_dmin = round_to_f16((ax * ab - bx * aa) / det);
-            if new_d > 0.0 && new_dmin >= 0.0 && new_d.is_finite() && new_dmin.is_finite() {
-                (d[half], dmin[half]) = (new_d, new_dmin);
-            }
-        } else if aa > 0.0 && bb == 0.0 {
-            let new_d = round_to_f16(ax / aa);
-            if new_d > 0.0 && new_d.is_finite() {
-                d[half] = new_d;
-            }
+    for l in 0..LANES {
+        let det = aa[l] * bb[l] - ab[l] * ab[l];
+        let both = det > 1e-6 * aa[l] * bb[l];
+        // Where all mins are 0, only d is to be found.
+        let (top, bottom) = if both { (ax[l] * bb[l] - bx[l] * ab[l], det) } else { (ax[l], aa[l]) };
+        let new_d = round_to_f16(top / bottom);
+        let new_dmin = if both { round_to_f16((ax[l] * ab[l] - bx[l] * aa[l]) / det) } else { r.dmin[l] };
+        let solvable = both || aa[l] > 0.0 && bb[l] == 0.0;
+        if solvable && new_d > 0.0 && new_dmin >= 0.0 && new_d < f32::INFINITY && new_dmin < f32::INFINITY {
+            (d[l], dmin[l]) = (new_d, new_dmin);
         }
     }
     (d, dmin)
@@ -325,7 +412,7 @@ fn refit<const TOP: i32>(x: &[Lane; SUB], w: &[Lane; SUB], r: &Rounded) -> ([f32
 /// The super-block in lanes `8 * half..`, from its values in their own order.
 #[inline(always)]
 fn finish<const TOP: i32>(values: &[f32], r: &Rounded, half: usize) -> SuperBlock {
-    let mut out = SuperBlock { d: r.d[half], dmin: r.dmin[half], scales: [0; 8], mins: [0; 8], q: [[0; SUB]; 8] };
+    let mut out = SuperBlock { d: r.d[8 * half], dmin: r.dmin[8 * half], scales: [0; 8], mins: [0; 8], q: [[0; SUB]; 8] };
     for sub in 0..8 {
         let l = 8 * half + sub;
         (out.scales[sub], out.mins[sub]) = (to_byte(r.scale[l]), to_byte(r.min[l]));

@@ -15,63 +15,51 @@ pub fn put_f16(b: &mut [u8], at: usize, x: f32) {
     b[at..at + 2].copy_from_slice(&f32_to_f16(x).to_le_bytes());
 }
 
+/// Maxima are kept in lanes: folded so, and in integers, they stay vectors until the last.
+const LANES: usize = 16;
+
+/// The greatest key of a multiple of 16 values.
+#[inline(always)]
+fn greatest<T: Copy + Ord>(x: &[f32], none: T, key: impl Fn(f32) -> T) -> T {
+    let mut lanes = [none; LANES];
+    for x in x.as_chunks::<LANES>().0 {
+        for l in 0..LANES {
+            lanes[l] = lanes[l].max(key(x[l]));
+        }
+    }
+    lanes.into_iter().fold(none, T::max)
+}
+
 /// The value of largest magnitude, its sign kept; the first of equals.
 #[inline(always)]
 pub fn signed_peak(x: &[f32]) -> f32 {
-    let (lo, hi) = min_max(x);
-    if lo == -hi {
-        // Both signs have it: the order decides.
-        return x.iter().copied().find(|v| v.abs() == hi && hi > 0.0).unwrap_or(0.0);
+    // The sign as the lowest bit: of both signs the negative is the greatest.
+    let key = |v: f32| v.to_bits().rotate_left(1);
+    let peak = greatest(x, 0, key);
+    if x.iter().fold(false, |seen, v| seen | (key(*v) == peak ^ 1)) || peak <= 1 {
+        // Both signs have it, so that the order decides, or all are zero.
+        return x.iter().copied().find(|v| key(*v) | 1 == peak | 1 && peak > 1).unwrap_or(0.0);
     }
-    if hi > -lo { hi } else { lo }
+    f32::from_bits(peak.rotate_right(1))
 }
 
 /// The largest magnitude.
 #[inline(always)]
 pub fn magnitude(x: &[f32]) -> f32 {
-    let mut peaks = [0.0f32; LANES];
-    for x in x.as_chunks::<LANES>().0 {
-        for (p, v) in peaks.iter_mut().zip(x) {
-            *p = if v.abs() > *p { v.abs() } else { *p };
-        }
-    }
-    fold_lanes(peaks, |m, v| if v > m { v } else { m })
+    f32::from_bits(greatest(x, 0, |v| v.to_bits() & 0x7fff_ffff))
 }
 
-/// All lanes as one, by halves, so that it takes four steps and not sixteen.
-/// `f` must give the same in any order.
-#[inline(always)]
-fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    // Arrays of their own: a loop over widths would go through memory.
-    let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);
-    for l in 0..8 {
-        eight[l] = f(lanes[l], lanes[l + 8]);
-    }
-    for l in 0..4 {
-        four[l] = f(eight[l], eight[l + 4]);
-    }
-    f(f(four[0], four[2]), f(four[1], four[3]))
-}
-
-/// Maxima are kept in lanes, as a single running one would wait for itself.
-const LANES: usize = 16;
-
-/// Of a multiple of 16 values; of zeros of both signs the first.
+/// The least and the largest; of zeros of both signs the first.
 #[inline(always)]
 pub fn min_max(x: &[f32]) -> (f32, f32) {
-    let one = |(lo, hi): (f32, f32), v: f32| (if v < lo { v } else { lo }, if v > hi { v } else { hi });
-    const NONE: (f32, f32) = (f32::MAX, -f32::MAX);
-    let (mut lows, mut highs) = ([NONE.0; LANES], [NONE.1; LANES]);
-    for x in x.as_chunks::<LANES>().0 {
-        for l in 0..LANES {
-            (lows[l], highs[l]) = one((lows[l], highs[l]), x[l]);
-        }
-    }
-    let lo = fold_lanes(lows, |m, v| if v < m { v } else { m });
-    let hi = fold_lanes(highs, |m, v| if v > m { v } else { m });
+    // As integers in the floats' order, whose extremes may be found in any order.
+    let ordered = |bits: i32| bits ^ (bits >> 31 & i32::MAX);
+    let value = |key: i32| f32::from_bits(ordered(key) as u32);
+    let hi = value(greatest(x, i32::MIN, |v| ordered(v.to_bits() as i32)));
+    let lo = value(!greatest(x, i32::MIN, |v| !ordered(v.to_bits() as i32)));
     if lo == 0.0 || hi == 0.0 {
         // −0 equals 0, and the reference keeps whichever came first.
-        return x.iter().fold(NONE, |m, &v| one(m, v));
+        return x.iter().fold((f32::MAX, -f32::MAX), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }));
     }
     (lo, hi)
 }

@@ -38,7 +38,7 @@ pub fn with_min<const TOP: i32>(values: &[f32], importance: &[f32], mut store: i
                 total[l] += w[l];
             }
         }
-        let (d, m) = affine::fit::<TOP>(x, w, &total);
+        let (d, m) = affine::fit::<TOP, 1>(x, w, &total);
         for l in 0..n {
             let (d, m) = (round_to_f16(d[l]), round_to_f16(-m[l]));
             let inv = inverse(d);
@@ -105,7 +105,7 @@ pub fn fit_levels<const N: usize>(x: &[Lane; N], w: &[Lane; N], ends: &[f32], le
             wx[j][l] = w[j][l] * v;
         }
     }
-    let (mut scale, mut best) = ([0.0f32; LANES], [-1.0f32; LANES]);
+    let (mut best, mut best_qx, mut best_qq) = ([-1.0f32; LANES], [0.0f32; LANES], [1.0f32; LANES]);
     for end in ends {
         let mut inv = [0.0f32; LANES];
         for l in 0..LANES {
@@ -123,12 +123,13 @@ pub fn fit_levels<const N: usize>(x: &[Lane; N], w: &[Lane; N], ends: &[f32], le
             // The error falls by qx²/qq. Where that is NaN, as where all levels are 0, it loses.
             let gain = qx[l] * qx[l] / qq[l];
             if gain > best[l] {
-                (best[l], scale[l]) = (gain, qx[l] / qq[l]);
+                (best[l], best_qx[l], best_qq[l]) = (gain, qx[l], qq[l]);
             }
         }
     }
+    let mut scale = [0.0f32; LANES];
     for l in 0..LANES {
-        scale[l] = if peak[l].abs() > 1e-15 { scale[l] } else { 0.0 };
+        scale[l] = if peak[l].abs() > 1e-15 { best_qx[l] / best_qq[l] } else { 0.0 };
     }
     scale
 }

@@ -107,6 +107,7 @@ unsafe fn four_steps(p: &mut [[__m512i; 3]; 4], w: [&[Lanes; 4]; 4], x: &[TokenD
 
 impl<const AMX: bool> Isa for Avx512<AMX> {
     const NAME: &'static str = if AMX { "amx" } else { "avx512vnni" };
+    const WIDE: bool = true;
     type Bytes = __m512i;
     type Int = __m512i;
     type Float = __m512;
