@@ -51,10 +51,15 @@ impl SuperBlock {
     }
 }
 
-/// Encodes all super-blocks of `values` with quants 0..=TOP, handing each to `store`.
+/// Encodes all super-blocks of `values` with quants 0..=TOP into blocks of BYTES, whose quants `pack` puts in their place.
 /// N candidates, 1 or 3, are tried side by side, to the same result.
 #[inline(always)]
-pub fn encode<const TOP: i32, const N: usize>(values: &[f32], importance: Option<&[f32]>, mut store: impl FnMut(usize, &SuperBlock)) {
+pub fn encode<const TOP: i32, const BYTES: usize, const N: usize>(
+    values: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [u8],
+    pack: impl Fn(&[u8], &mut [u8]),
+) {
     let n = values.len() / 256;
     let mut x = [[0.0f32; LANES]; SUB];
     let mut w = [[0.0f32; LANES]; SUB];
@@ -69,10 +74,13 @@ pub fn encode<const TOP: i32, const N: usize>(values: &[f32], importance: Option
         }
         let total = weigh(&x, importance.is_some(), &mut w);
         let (s, m) = fit::<TOP, N>(&x, &w, &total);
-        let out = round_scales::<TOP, N>(&x, &w, &s, &m);
+        let rounded = round_scales::<TOP, N>(&x, &w, &s, &m);
         for (half, &b) in blocks.iter().enumerate() {
             if half == 0 || b != first {
-                store(b, &finish::<TOP>(&values[256 * b..256 * (b + 1)], &out, half));
+                let block = finish::<TOP>(&values[256 * b..256 * (b + 1)], &rounded, half);
+                let bytes = &mut out[BYTES * b..BYTES * (b + 1)];
+                block.store_scales(bytes);
+                pack(block.q.as_flattened(), bytes);
             }
         }
     }

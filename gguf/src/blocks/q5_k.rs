@@ -32,22 +32,13 @@ impl Codec for Q5K {
 impl Encode for Q5K {
     #[inline(always)]
     fn encode(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-        encode::<1>(values, importance, out);
+        affine::encode::<31, 176, 1>(values, importance, out, pack);
     }
 
     #[inline(always)]
     fn encode_wide(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-        encode::<{ affine::WIDE }>(values, importance, out);
+        affine::encode::<31, 176, { affine::WIDE }>(values, importance, out, pack);
     }
-}
-
-#[inline(always)]
-fn encode<const N: usize>(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-    affine::encode::<31, N>(values, importance, |i, s| {
-        let b = &mut out[176 * i..176 * (i + 1)];
-        s.store_scales(b);
-        pack(s.q.as_flattened(), b);
-    });
 }
 
 #[inline(always)]
