@@ -7,7 +7,7 @@
 //! read a long context: `--computed N` has it read N tokens, and store those again until the context is full.
 //! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
 
-use benches::{argument, is_test_run, median, runs, synth};
+use benches::{argument, forget, is_test_run, median, runs, synth};
 use kernels::{Pool, ceiling};
 use runtime::{Decoder, KvCache, KvType, Model, Want};
 use std::time::Instant;
@@ -139,6 +139,7 @@ fn share(speeds: &[f64], ceilings: impl Iterator<Item = f64>, cost: f64) -> f64 
 
 fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
     let path = synth(shape, kind);
+    forget(&path);
     let model = Model::open(&path).expect("open");
     let cache = KvCache::new(model.hparams(), l.context(), l.kv).expect("cache");
     let mut all: Vec<Box<dyn Contestant>> = vec![Box::new(Ours { pool, cache, decoder: Decoder::new(&model) })];

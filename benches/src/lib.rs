@@ -6,7 +6,7 @@ pub mod ggml;
 
 pub mod runs;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub fn median(mut v: Vec<f64>) -> f64 {
     v.sort_by(f64::total_cmp);
@@ -24,6 +24,15 @@ pub fn synth(shape: &str, kind: &str) -> PathBuf {
         quant::synth::write(shape, mix, &path, 1, &quant::convert::Silent).expect("synth");
     }
     path
+}
+
+/// Has the system forget what it keeps of a file in memory, so that it is read as after a boot. How a file came there,
+/// written in small pieces or read in large ones, otherwise decides in which pages it lies, and what they cost.
+pub fn forget(path: &Path) {
+    let file = std::fs::File::open(path).expect("the file opens");
+    file.sync_all().expect("sync");
+    #[cfg(target_os = "linux")]
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("advice");
 }
 
 /// `--name value` among the arguments, else the default.

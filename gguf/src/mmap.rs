@@ -92,6 +92,16 @@ impl Mapping {
         let _ = range;
     }
 
+    /// Asks that what comes in from now on come 2 MiB at a time, and lie in
+    /// huge pages where the file system has them (ext4 from Linux 6.16, XFS,
+    /// Btrfs). For weights read again and again: a reader who passes once is
+    /// better served by the system's own reading ahead.
+    pub fn in_huge_pages(&self) {
+        // Refused where the system has none.
+        #[cfg(target_os = "linux")]
+        let _ = self.0.map.advise(memmap2::Advice::HugePage);
+    }
+
     /// Says that the file will be read front to back.
     pub fn sequential(&self) {
         #[cfg(unix)]

@@ -128,6 +128,11 @@ impl ModelFile {
         TensorView { info: &header.tensors()[t], bytes: &mapping.bytes()[self.range(s, t)] }
     }
 
+    /// As [`Mapping::in_huge_pages`].
+    pub fn in_huge_pages(&self) {
+        self.shards.iter().for_each(|(m, _)| m.in_huge_pages());
+    }
+
     /// Errors if any shard became shorter since it was mapped.
     pub fn check_length(&self) -> Result<()> {
         self.shards.iter().try_for_each(|(m, _)| m.check_length())

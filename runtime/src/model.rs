@@ -186,6 +186,7 @@ impl Model {
         let layers = (0..hparams.n_layers).map(|l| b.layer(l)).collect::<Result<Vec<_>>>()?;
         let output_norm = b.need_vector(Role::OutputNorm, 0)?;
         let rope_factors = b.vector(Role::RopeFreqs, 0)?;
+        file.in_huge_pages();
         Ok(Model { hparams, layers, output_norm, output, rope_factors, embedding, file })
     }
 
