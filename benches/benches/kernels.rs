@@ -13,7 +13,7 @@ fn main() {
     let number = |name, default: &str, small: usize| if test { small } else { argument(name, default).parse().expect("a number") };
     let (rows, cols, reps) = (number("--rows", "4096", 32), number("--cols", "4096", 512), number("--reps", "7", 1));
     let pool = Pool::new(number("--threads", "0", 0));
-    let peaks = ceiling::measure(&pool);
+    let peaks = ceiling::measure(&pool, &[]);
     println!("{} threads: int8 {:.0} GOP/s, read {:.1} GB/s", pool.n_threads(), peaks.int8_ops / 1e9, peaks.read_bytes / 1e9);
     let only = argument("--only", "");
     let batches: Vec<usize> =

@@ -156,7 +156,7 @@ fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
     }
     let mut peaks = Vec::new();
     for _ in 0..l.reps {
-        peaks.push(ceiling::measure(pool));
+        peaks.push(ceiling::measure(pool, model.file().bytes()));
         for (c, s) in all.iter_mut().zip(&mut speeds) {
             measure(c.as_mut(), l, s);
         }
@@ -172,7 +172,7 @@ fn bench_type(shape: &str, kind: &str, pool: &Pool, l: &Load) {
         l.kv.name(),
         l.reps
     );
-    let ops = 2.0 * model.macs_per_prompt_token();
+    let ops = 2.0 * model.macs_per_prompt(l.prompt.len()) / l.prompt.len() as f64;
     let bytes = model.bytes_per_generated_token(l.kv, (l.depth.len() + l.prompt.len()) as f64 + l.tokens as f64 / 2.0);
     let mut medians = Vec::new();
     for (c, s) in all.iter().zip(&speeds) {

@@ -128,6 +128,11 @@ impl ModelFile {
         TensorView { info: &header.tensors()[t], bytes: &mapping.bytes()[self.range(s, t)] }
     }
 
+    /// All bytes of the first file.
+    pub fn bytes(&self) -> &[u8] {
+        self.shards[0].0.bytes()
+    }
+
     /// As [`Mapping::in_huge_pages`].
     pub fn in_huge_pages(&self) {
         self.shards.iter().for_each(|(m, _)| m.in_huge_pages());

@@ -1,5 +1,6 @@
 //! What a token costs by the model's shape alone: the ceilings that measured speed is held against.
 
+use crate::decoder::LEAST_KEPT;
 use crate::kv_cache::KvType;
 use crate::model::Model;
 
@@ -10,11 +11,20 @@ impl Model {
         if h.n_experts > 0 && name.contains("_exps.") { h.n_experts_used as f64 / h.n_experts as f64 } else { 1.0 }
     }
 
-    /// Multiply-adds a prompt token needs: all matrices but the embedding and the head.
-    pub fn macs_per_prompt_token(&self) -> f64 {
+    /// Multiply-adds that a prompt of `n` tokens takes until the logits after it are known: all matrices but the embedding
+    /// and the head, and in the last layer, for most tokens, those of K and V alone.
+    pub fn macs_per_prompt(&self, n: usize) -> f64 {
+        let last = format!("blk.{}.", self.hparams().n_layers - 1);
         let skipped = ["token_embd.weight", "output.weight"];
         let matrices = self.file().tensors().filter(|t| t.info.dims().len() > 1 && !skipped.contains(&t.info.name()));
-        matrices.map(|t| t.info.n_elements() as f64 * self.used_share(t.info.name())).sum()
+        matrices
+            .map(|t| {
+                let name = t.info.name();
+                let is_late = name.strip_prefix(&last).is_some_and(|part| !["attn_k.weight", "attn_v.weight"].contains(&part));
+                let tokens = if is_late { n.min(LEAST_KEPT) } else { n };
+                tokens as f64 * t.info.n_elements() as f64 * self.used_share(name)
+            })
+            .sum()
     }
 
     /// Bytes a generated token reads at `depth` tokens of context: the cache, and

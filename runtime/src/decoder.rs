@@ -8,12 +8,16 @@ use crate::model::{Model, Weight};
 use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
+use kernels::matmul::activation::PANEL_MIN_TOKENS;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{Observer, Pool};
 use std::sync::Mutex;
 
 /// Tokens that pass through the layers together.
 pub const BATCH: usize = 512;
+
+/// Tokens of a batch that pass all of the last layer, wanted or not: so many are multiplied as the others were.
+pub(crate) const LEAST_KEPT: usize = PANEL_MIN_TOKENS;
 
 /// Which logits a caller needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +37,13 @@ pub(crate) struct Step<'a, 'o> {
     pub first_pos: usize,
     /// None while a model only runs.
     pub observer: Option<&'a Mutex<dyn Observer + 'o>>,
+}
+
+impl Step<'_, '_> {
+    /// Without the first `n` tokens; `rope` keeps their rows.
+    pub fn after(&self, n: usize) -> Self {
+        Step { n_tokens: self.n_tokens - n, first_pos: self.first_pos + n, ..*self }
+    }
 }
 
 /// Buffers of one batch. Their sizes are `Scratch::lengths`, which the planner counts too.
@@ -138,13 +149,18 @@ impl<'m> Decoder<'m> {
         let first_pos = cache.len();
         self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
         let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer: None };
+        // Of tokens whose logits nobody wants, the last layer owes later ones its K and V alone.
+        let skipped = if from < n { from.min(n.saturating_sub(LEAST_KEPT)) } else { n };
+        let kept = step.after(skipped);
         for (i, layer) in self.model.layers.iter().enumerate() {
-            attention::run(&step, i, &layer.attention, cache, &mut self.scratch);
-            feed_forward::run(&step, layer, &mut self.scratch);
+            let is_last = i + 1 == self.model.layers.len();
+            let (skipped, after) = if is_last { (skipped, &kept) } else { (0, &step) };
+            attention::run(&step, i, &layer.attention, cache, &mut self.scratch, skipped);
+            feed_forward::run(after, layer, &mut self.scratch);
         }
         cache.advance(n);
         if from < n {
-            head(&step, &self.model.output_norm, &self.model.output, &mut self.scratch, from, &mut self.logits);
+            head(&kept, &self.model.output_norm, &self.model.output, &mut self.scratch, from - skipped, &mut self.logits);
             // NaN spreads, so the last row tells whether anything went wrong on the way.
             if !self.logits[self.logits.len() - self.model.vocab()..].iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { position: first_pos + n - 1 });

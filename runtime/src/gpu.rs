@@ -285,7 +285,7 @@ impl<'m> GpuDecoder<'m> {
         if let Some(host) = self.host.as_mut().filter(|_| self.split.on_host > 0) {
             host.load(self.model, &self.x, n);
             for (i, layer) in self.model.layers[..self.split.on_host].iter().enumerate() {
-                layers::attention::run(&step, i, &layer.attention, &mut host.cache, &mut host.scratch);
+                layers::attention::run(&step, i, &layer.attention, &mut host.cache, &mut host.scratch, 0);
                 layers::feed_forward::run(&step, layer, &mut host.scratch);
             }
             self.x.copy_from_slice(&host.scratch.x[..n * hidden]);

@@ -79,7 +79,7 @@ impl<'m> Runner<'m> {
             let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer };
             self.scratch.x[..batch.len()].copy_from_slice(batch);
             reads(Norm::Attention, batch);
-            attention::run(&step, 0, &layer.attention, &mut self.cache, &mut self.scratch);
+            attention::run(&step, 0, &layer.attention, &mut self.cache, &mut self.scratch, 0);
             reads(Norm::FeedForward, &self.scratch.x[..batch.len()]);
             feed_forward::run(&step, layer, &mut self.scratch);
             batch.copy_from_slice(&self.scratch.x[..batch.len()]);

@@ -45,6 +45,27 @@ fn fixtures_match_transformers() {
     }
 }
 
+/// The last layer passes over tokens whose logits nobody wants; those of the others are what they were.
+#[test]
+fn wanted_logits_do_not_depend_on_what_else_is_wanted() {
+    let pool = Pool::new(2);
+    for name in fixtures() {
+        let folder = Folder::new("wanted");
+        let model = Model::open(&convert(&fixture(&name), "F32", &folder)).unwrap();
+        let (ids, want) = expected(&name);
+        let (first, second) = ids.split_at(ids.len() / 2);
+        assert!(first.len() > 16, "{name}: too few tokens to pass over any");
+        let mut cache = KvCache::new(model.hparams(), ids.len(), KvType::F32).unwrap();
+        let mut decoder = Decoder::new(&model);
+        let row = |i: usize| &want[i * model.vocab()..];
+        for (part, wanted, at) in [(first, Want::Last, first.len() - 1), (second, Want::From(second.len() - 11), ids.len() - 11)] {
+            let got = decoder.forward(&pool, &mut cache, part, wanted).unwrap();
+            let e = relative_rms(got, &row(at)[..got.len()]);
+            assert!(e < 1e-5, "{name} {wanted:?}: relative RMS {e}");
+        }
+    }
+}
+
 /// The batch boundary of the decoder (512) is crossed without a trace.
 #[test]
 fn long_prompts_pass_in_batches() {

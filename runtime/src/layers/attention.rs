@@ -9,26 +9,38 @@ use gguf::arch::RopeLayout;
 use kernels::attention::Attention;
 use kernels::vecmath;
 
-pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut KvCache, s: &mut Scratch) {
+/// Of the first `skipped` tokens only K and V are made; x afterwards begins with the token after them.
+pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut KvCache, s: &mut Scratch, skipped: usize) {
     let h = step.h;
     let n = step.n_tokens;
+    let kept = step.after(skipped);
     let (hidden, head_dim) = (h.hidden as usize, h.head_dim as usize);
     let (heads, kv_heads) = (h.n_heads as usize, h.n_kv_heads as usize);
     let (q_len, k_len, v_len) = (heads * head_dim, kv_heads * head_dim, kv_heads * h.value_dim as usize);
     let Scratch { x, normed, q, k, v, attended, quantized, partials, .. } = s;
-    let (q, k, v) = (&mut q[..n * q_len], &mut k[..n * k_len], &mut v[..n * v_len]);
+    let (q, k, v) = (&mut q[..kept.n_tokens * q_len], &mut k[..n * k_len], &mut v[..n * v_len]);
 
-    let x_rows = &x[..n * hidden];
-    let norm = |t: usize, out: &mut [f32]| vecmath::rms_norm_row(&x_rows[t * hidden..(t + 1) * hidden], &w.norm, h.rms_eps, out);
-    quantized.matmul(step, n, hidden, &norm, &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
+    let norm_from = |first: usize| {
+        let x = &x[first * hidden..n * hidden];
+        move |t: usize, out: &mut [f32]| vecmath::rms_norm_row(&x[t * hidden..(t + 1) * hidden], &w.norm, h.rms_eps, out)
+    };
+    if skipped == 0 {
+        quantized.matmul(step, n, hidden, &norm_from(0), &mut [(&w.q, &mut *q), (&w.k, &mut *k), (&w.v, &mut *v)]);
+    } else {
+        quantized.matmul(step, n, hidden, &norm_from(0), &mut [(&w.k, &mut *k), (&w.v, &mut *v)]);
+        if kept.n_tokens > 0 {
+            quantized.matmul(&kept, kept.n_tokens, hidden, &norm_from(skipped), &mut [(&w.q, &mut *q)]);
+        }
+        x.copy_within(skipped * hidden..n * hidden, 0);
+    }
 
     let adjacent = h.arch.rope == RopeLayout::AdjacentPairs;
     per_token(step.pool, q, q_len, |t, q| {
         add_bias(q, &w.q_bias);
         head_norm(q, &w.q_norm, h.rms_eps);
-        step.rope.rotate(t, q, head_dim, adjacent);
+        step.rope.rotate(skipped + t, q, head_dim, adjacent);
         if h.query_temperature.is_some() {
-            let scale = h.query_scale((step.first_pos + t) as u64);
+            let scale = h.query_scale((kept.first_pos + t) as u64);
             q.iter_mut().for_each(|q| *q *= scale);
         }
     });
@@ -42,6 +54,10 @@ pub(crate) fn run(step: &Step, layer: usize, w: &AttentionWeights, cache: &mut K
     }
     cache.append(step.pool, layer, k, v);
 
+    if kept.n_tokens == 0 {
+        return;
+    }
+    let (step, n) = (&kept, kept.n_tokens);
     let (kc, vc) = cache.layer(layer);
     let out_len = heads * h.value_dim as usize;
     Attention {

@@ -7,6 +7,9 @@ use kernels::vecmath;
 
 pub(crate) fn run(step: &Step, layer: &Layer, s: &mut Scratch) {
     let (n, hidden) = (step.n_tokens, step.h.hidden as usize);
+    if n == 0 {
+        return;
+    }
     match &layer.feed_forward {
         FeedForwardWeights::Experts { router, experts } => super::experts::run(step, &layer.ffn_norm, router, experts, s),
         FeedForwardWeights::Dense(m) => {

@@ -80,7 +80,7 @@ pub fn measure(pool: &Pool, model: &Model, device: Option<&Device>, s: &Spec) ->
     let mut engine = Engine::new(model, device.map(Target::from), s.depth + s.prompt.max(s.n) + 1, s.kv)?;
     let peak = || match device {
         Some(device) => kernels::cuda::ceiling::measure(device),
-        None => Ok(kernels::ceiling::measure(pool)),
+        None => Ok(kernels::ceiling::measure(pool, model.file().bytes())),
     };
     let vocab = model.vocab() as u32;
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % vocab;
@@ -115,7 +115,7 @@ pub fn measure(pool: &Pool, model: &Model, device: Option<&Device>, s: &Spec) ->
     let (ops, bandwidth) = (median(|p| p.int8_ops), median(|p| p.read_bytes));
     let mut rows = Vec::new();
     if s.prompt > 0 {
-        rows.push(row("prefill", s.prompt, prefill, ops / (2.0 * model.macs_per_prompt_token())));
+        rows.push(row("prefill", s.prompt, prefill, ops * s.prompt as f64 / (2.0 * model.macs_per_prompt(s.prompt))));
     }
     if s.n > 0 {
         let bytes = model.bytes_per_generated_token(s.kv, s.depth as f64 + s.n as f64 / 2.0);
