@@ -7,9 +7,10 @@
 //! then no lane has to move.
 
 use super::Attention;
-use super::prefill::{TILE, soften, turn};
-use crate::isa::{Bfloats, FloatSums, Isa, MatrixDepth};
+use super::prefill::{TILE, turn};
+use crate::isa::{Bfloats, FloatSums, Isa, MatrixDepth, each};
 use crate::threads::Tile;
+use crate::vecmath::exp;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -19,6 +20,9 @@ const ROWS: usize = 16;
 const STEP: usize = 32;
 /// Positions of a tile in steps.
 const STEPS: usize = TILE / STEP;
+
+/// A number of each row.
+type Lane = [f32; ROWS];
 
 const NO_SUMS: FloatSums = FloatSums([[0.0; 16]; 16]);
 
@@ -140,26 +144,23 @@ impl Scratch {
         let (k_steps, v_tiles) = (self.k.len(), self.v.len() / STEPS);
         let mut scores = [NO_SUMS; 4];
         isa.tile_bfloats(&self.q[block * k_steps..(block + 1) * k_steps], &self.k, &mut scores);
-        let mut p = [Bfloats::ZERO; STEPS];
-        let mut keep = [1.0f32; ROWS];
-        for r in 0..ROWS.min(n - block * ROWS) {
-            let row = block * ROWS + r;
-            let seen = a.seen(first + row / a.group);
+        for r in 0..ROWS {
+            let seen = a.seen(first + (block * ROWS + r).min(n - 1) / a.group);
             let (lo, hi) = (seen.start.saturating_sub(base).min(m), seen.end.saturating_sub(base).min(m));
-            let mut x = [0.0f32; TILE];
-            for (x, scores) in x.as_chunks_mut::<16>().0.iter_mut().zip(&scores) {
-                *x = scores.0[r];
-            }
             if lo > 0 || hi < TILE {
-                x[..lo].fill(f32::NEG_INFINITY);
-                x[hi.max(lo)..].fill(f32::NEG_INFINITY);
-            }
-            (keep[r], self.max[row], self.total[row]) = soften(&mut x, self.max[row], self.total[row]);
-            let x = x.as_chunks::<16>().0;
-            for (step, p) in p.iter_mut().enumerate() {
-                p.put(r, &x[2 * step], &x[2 * step + 1]);
+                for (i, scores) in scores.iter_mut().enumerate() {
+                    for (l, x) in scores.0[r].iter_mut().enumerate() {
+                        let at = 16 * i + l;
+                        *x = if at < lo || at >= hi { f32::NEG_INFINITY } else { *x };
+                    }
+                }
             }
         }
+        let rows = block * ROWS..(block + 1) * ROWS;
+        let max = self.max[rows.clone()].first_chunk_mut().expect("whole blocks");
+        let total = self.total[rows].first_chunk_mut().expect("whole blocks");
+        let mut p = [Bfloats::ZERO; STEPS];
+        let keep = soften(isa, &scores, max, total, &mut p);
         for dims in 0..v_tiles {
             let mut sums = [NO_SUMS; 4];
             isa.tile_bfloats(&p, &self.v[dims * STEPS..(dims + 1) * STEPS], &mut sums);
@@ -172,6 +173,51 @@ impl Scratch {
             }
         }
     }
+}
+
+/// Scores of 16 rows to e^(score − max), into `p`; maxima and totals are brought up to date, and what older sums are to be
+/// multiplied with is returned. As `prefill::soften`, with the rows in lanes wherever one number a row is made.
+#[inline(always)]
+fn soften<I: Isa>(isa: I, scores: &[FloatSums; 4], max: &mut Lane, total: &mut Lane, p: &mut [Bfloats; STEPS]) -> Lane {
+    let mut peaks = [[f32::NEG_INFINITY; 16]; ROWS];
+    for scores in scores {
+        for (peaks, x) in peaks.iter_mut().zip(&scores.0) {
+            for l in 0..16 {
+                peaks[l] = if x[l] > peaks[l] { x[l] } else { peaks[l] };
+            }
+        }
+    }
+    let old = *max;
+    for peaks in &isa.transpose_floats(each!(16, |r| &peaks[r])) {
+        for r in 0..ROWS {
+            max[r] = if peaks[r] > max[r] { peaks[r] } else { max[r] };
+        }
+    }
+    let (mut base, mut keep) = ([0.0; ROWS], [0.0; ROWS]);
+    for r in 0..ROWS {
+        // Where nothing was seen yet, all is e^−∞ = 0.
+        base[r] = if max[r] == f32::NEG_INFINITY { 0.0 } else { max[r] };
+        keep[r] = exp(old[r] - base[r]);
+    }
+    let mut sums = [[0.0f32; 16]; ROWS];
+    for r in 0..ROWS {
+        let mut x = [[0.0f32; 16]; 4];
+        for (x, scores) in x.iter_mut().zip(scores) {
+            for l in 0..16 {
+                x[l] = exp(scores.0[r][l] - base[r]);
+                sums[r][l] += x[l];
+            }
+        }
+        for (step, p) in p.iter_mut().enumerate() {
+            p.put(r, &x[2 * step], &x[2 * step + 1]);
+        }
+    }
+    let mut all = [0.0; ROWS];
+    isa.store_float(isa.sums(each!(16, |r| isa.load_float(&sums[r]))), &mut all);
+    for r in 0..ROWS {
+        total[r] = total[r] * keep[r] + all[r];
+    }
+    keep
 }
 
 /// 32 rows of `stride` floats, of which columns 16j.., as 32 values × 16 columns.

@@ -163,7 +163,7 @@ fn score<I: Isa, const R: usize, const T: usize>(isa: I, q: &[f32], stride: usiz
 
 /// Scores to e^(score − max); returns (what older sums are multiplied with, max, total).
 #[inline(always)]
-pub(super) fn soften(s: &mut [f32], old_max: f32, old_total: f32) -> (f32, f32, f32) {
+fn soften(s: &mut [f32], old_max: f32, old_total: f32) -> (f32, f32, f32) {
     let (chunks, _) = s.as_chunks_mut::<16>();
     let mut peaks: Lanes = [f32::NEG_INFINITY; 16];
     for c in chunks.iter() {
