@@ -15,6 +15,7 @@ mod host;
 mod matmul;
 mod pack;
 mod quantize;
+mod staging;
 mod top;
 
 pub use attention::{CacheType, Heads, LayerCache, Rotation, StepState, attention, attention_step, rotate, splits};
@@ -22,9 +23,11 @@ pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
 pub use matmul::{Job, matmul};
 pub use pack::{TILE_ROWS, WeightMatrix};
 pub use quantize::{Form, Inputs, OnTheWay};
+pub use staging::Staging;
 pub use top::{MOST_TOP, Top};
 
 use crate::error::{Error, Result};
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 /// An address in a GPU's memory.
@@ -51,6 +54,13 @@ pub trait Gpu: Send + Sync {
     /// # Safety
     /// `at` came from `allocate` with as many bytes and nothing uses it any more.
     unsafe fn free(&self, at: Address, bytes: usize);
+    /// Of the host, page-locked, and not 0-sized.
+    fn allocate_locked(&self, bytes: usize) -> Result<NonNull<u8>>;
+    /// # Safety
+    /// `at` came from `allocate_locked` with as many bytes and nobody reads it any more.
+    unsafe fn free_locked(&self, at: NonNull<u8>, bytes: usize);
+    /// `from` has been read when this returns, or, if it is page-locked, when `wait` does.
+    ///
     /// # Safety
     /// `to` has room for `from` within one allocation.
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()>;
@@ -272,6 +282,7 @@ impl Buffer {
         self.at + offset as u64
     }
 
+    /// Takes `from`, at once, or, if it is of a [`Staging`], some time before [`Device::wait`] returns.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
         let to = self.part(offset, from.len());
         // SAFETY: `part` checked that there is room.

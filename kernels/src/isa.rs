@@ -111,6 +111,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn splat(self, x: f32) -> Self::Float;
     /// As `quarters_int`.
     fn quarters_float(self, v: [f32; 4]) -> Self::Float;
+    /// The f16 at `AT` of each block, a quarter of the lanes each.
+    #[inline(always)]
+    fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> Self::Float {
+        self.quarters_float(self.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))))
+    }
     fn load_float(self, v: &[f32; 16]) -> Self::Float;
     /// a · b + c.
     fn mul_add(self, a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;

@@ -133,7 +133,7 @@ impl<'m> GpuDecoder<'m> {
         let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
         let mut forms: Vec<Form> = vec![];
         let on_gpu = &model.layers[split.on_host.min(model.layers.len())..];
-        let loader = Loader::start(on_gpu.iter().flat_map(matrices).chain([&model.output]).cloned().collect());
+        let loader = Loader::start(device, on_gpu.iter().flat_map(matrices).chain([&model.output]).cloned().collect());
         // In the loader's order.
         let mut load = |w: &Weight| -> Result<WeightMatrix> {
             let (plan, block) = (w.plan(), w.plan().kernel().block());

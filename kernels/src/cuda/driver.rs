@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
+use std::ptr::NonNull;
 
 /// Of each `.cu` file, for every architecture.
 static FATBINS: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -146,9 +147,24 @@ impl Gpu for Driver {
         }
     }
 
+    fn allocate_locked(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.enter()?;
+        // SAFETY: freed in `free_locked`. Portable, as any thread may make the context its own.
+        let at = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) }.map_err(failed("lock memory"))?;
+        NonNull::new(at.cast()).ok_or(Error::Gpu { what: "lock memory", cause: "the driver gave none".into() })
+    }
+
+    unsafe fn free_locked(&self, at: NonNull<u8>, _bytes: usize) {
+        if self.enter().is_ok() {
+            // SAFETY: by the caller.
+            let _ = unsafe { result::free_host(at.as_ptr().cast()) };
+        }
+    }
+
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: by the caller; the copy of pageable memory is done, or staged, when the call returns.
+        // SAFETY: by the caller; the copy of pageable memory is done, or staged, when the call returns, and that of locked
+        // memory goes on beside (`Staging` says so).
         unsafe { result::memcpy_htod_async(to, from, self.stream) }.map_err(failed("copy to the GPU"))
     }
 

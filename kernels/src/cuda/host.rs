@@ -6,6 +6,7 @@ use super::{Address, Gpu, GraphId, Shape};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::ptr::NonNull;
 use std::sync::Mutex;
 
 pub struct Host {
@@ -115,6 +116,16 @@ impl Gpu for Host {
         let (pages, start) = layout(bytes);
         // SAFETY: the mapping of `allocate`.
         unsafe { libc::munmap((at - start as u64) as *mut c_void, pages + PAGE) };
+    }
+
+    fn allocate_locked(&self, bytes: usize) -> Result<NonNull<u8>> {
+        let at = Box::leak(vec![0u8; bytes].into_boxed_slice());
+        Ok(NonNull::from(at).cast())
+    }
+
+    unsafe fn free_locked(&self, at: NonNull<u8>, bytes: usize) {
+        // SAFETY: the box that `allocate_locked` leaked.
+        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(at.as_ptr(), bytes)) });
     }
 
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {

@@ -72,8 +72,9 @@ impl WeightMatrix {
             let (first, part) = (range.start / row_bytes, next(range)?);
             staging.write(0, part.as_ref())?;
             matrix.pack(device, &staging, first, part.as_ref().len() / row_bytes)?;
+            // The part may be page-locked, and is filled anew once it is dropped.
+            device.wait()?;
         }
-        device.wait()?;
         Ok(matrix)
     }
 

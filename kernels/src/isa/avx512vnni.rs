@@ -402,6 +402,20 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         }
     }
 
+    /// Of small blocks one load has all four.
+    #[inline(always)]
+    fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> __m512 {
+        if 4 * BYTES < 64 || AT % 2 + BYTES % 2 > 0 || AT + 3 * BYTES > 62 {
+            return self.quarters_float(self.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))));
+        }
+        let places: [u16; 32] = const { block_words(BYTES, AT) };
+        // SAFETY: F16C and AVX-512BW, by the token; 64 readable bytes each, by the types and the check above.
+        unsafe {
+            let words = _mm512_permutexvar_epi16(_mm512_loadu_si512(places.as_ptr().cast()), _mm512_loadu_si512(blocks.as_ptr().cast()));
+            _mm512_cvtph_ps(_mm512_castsi512_si256(words))
+        }
+    }
+
     #[inline(always)]
     fn to_biased(self, w: __m512i) -> __m512i {
         // SAFETY: AVX-512F, by the token. Adds 128 to each byte.
@@ -584,4 +598,15 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         // SAFETY: a prefetch of any address has no architectural effect.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+}
+
+/// Of four blocks of `bytes`, the word at byte `at`, for a quarter of 16 lanes each.
+const fn block_words(bytes: usize, at: usize) -> [u16; 32] {
+    let mut out = [0; 32];
+    let mut lane = 0;
+    while lane < 16 {
+        out[lane] = ((lane / 4 * bytes + at) / 2) as u16;
+        lane += 1;
+    }
+    out
 }

@@ -129,7 +129,11 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
         let xs = if U::SIGNED { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
         let biased = (isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.0), isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.1));
         let start = start(isa, U::ZERO, xs);
-        let sums: [f32; 4] = each!(4, |k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]);
+        let dxs = isa.quarters_float(*dx);
+        let sums: [f32; 4] = match U::MIN {
+            Some(_) => each!(4, |k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]),
+            None => [0.0; 4],
+        };
         for r in 0..R {
             let last;
             let b: &[[u8; BYTES]; 4] = match rows[r].as_chunks::<BYTES>().0.as_chunks::<4>().0.get(four) {
@@ -140,9 +144,9 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                 }
             };
             super::prefetch_block(isa, b.as_flattened());
-            let d = f16s(isa, b, 0);
-            let d: [f32; 4] = each!(4, |k| d[k] * dx[k]);
             if U::SIGNED {
+                let d = f16s(isa, b, 0);
+                let d: [f32; 4] = each!(4, |k| d[k] * dx[k]);
                 for (pair, (xs, bias)) in [(xs.0, biased.0), (xs.1, biased.1)].into_iter().enumerate() {
                     let w = isa.load_halves(array(&b[2 * pair], U::QUANTS), array(&b[2 * pair + 1], U::QUANTS));
                     // −128·Σx, as twice 64.
@@ -161,7 +165,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                 (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
             }
             let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
-            acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
+            acc[r] = isa.mul_add(isa.to_float(p), isa.mul(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
             if let Some(at) = U::MIN {
                 let m = f16s(isa, b, at);
                 mins[r] = each!(4, |k| m[k] * sums[k] + mins[r][k]);

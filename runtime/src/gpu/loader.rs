@@ -5,7 +5,8 @@
 
 use crate::error::{Error, Result};
 use crate::model::Weight;
-use kernels::cuda::WeightMatrix;
+use kernels::cuda::{Device, Staging, WeightMatrix};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -14,25 +15,53 @@ const READERS: usize = 4;
 /// Parts that wait to be copied.
 const AHEAD: usize = 2;
 
+/// Room for a part.
+enum Room {
+    Locked(Staging),
+    /// Where the system locks no more.
+    Plain(Vec<u8>),
+}
+
+impl Room {
+    fn new(device: &Device, bytes: usize) -> Room {
+        device.staging(bytes).map_or_else(|_| Room::Plain(vec![0; bytes]), Room::Locked)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Room::Locked(memory) => memory.as_ref(),
+            Room::Plain(memory) => memory,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Room::Locked(memory) => memory.as_mut(),
+            Room::Plain(memory) => memory,
+        }
+    }
+}
+
 /// The parts of some matrices, in order.
 pub(super) struct Loader {
-    parts: Receiver<Result<Vec<u8>>>,
+    /// A part, and its length.
+    parts: Receiver<Result<(Room, usize)>>,
     /// Passed parts, to be filled again.
-    empty: SyncSender<Vec<u8>>,
+    empty: SyncSender<Room>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Loader {
-    pub fn start(weights: Vec<Weight>) -> Loader {
+    pub fn start(device: &Device, weights: Vec<Weight>) -> Loader {
         let (send, parts) = sync_channel(AHEAD);
-        let (empty, reused) = sync_channel::<Vec<u8>>(AHEAD + 2);
+        let (empty, reused) = sync_channel::<Room>(AHEAD + 2);
+        let device = device.clone();
         let read = move || {
+            let largest = weights.iter().flat_map(parts_of).map(|range| range.len()).max().unwrap_or(0);
             for w in &weights {
-                let plan = w.plan();
-                for range in WeightMatrix::parts(plan.kernel().block(), plan.rows(), plan.cols()) {
-                    let mut part = reused.try_recv().unwrap_or_default();
-                    part.resize(range.len(), 0);
-                    let done = read_in_parallel(w, range.start, &mut part).map(|()| part);
+                for range in parts_of(w) {
+                    let mut room = reused.try_recv().unwrap_or_else(|_| Room::new(&device, largest));
+                    let done = read_in_parallel(w, range.start, &mut room.bytes_mut()[..range.len()]).map(|()| (room, range.len()));
                     let failed = done.is_err();
                     // Nobody waits any more, or should after this.
                     if send.send(done).is_err() || failed {
@@ -48,26 +77,35 @@ impl Loader {
     /// The next part.
     pub fn next(&self) -> Result<Part<'_>> {
         let gone = || Error::Prefetch { reason: "the thread that reads it could not be started, or ended".into() };
-        Ok(Part { bytes: self.parts.recv().map_err(|_| gone())??, loader: self })
+        let (room, len) = self.parts.recv().map_err(|_| gone())??;
+        Ok(Part { room: Some(room), len, loader: self })
     }
+}
+
+fn parts_of(w: &Weight) -> impl Iterator<Item = Range<usize>> + use<> {
+    let plan = w.plan();
+    WeightMatrix::parts(plan.kernel().block(), plan.rows(), plan.cols())
 }
 
 /// Bytes that the loader fills again once they are dropped.
 pub(super) struct Part<'l> {
-    bytes: Vec<u8>,
+    room: Option<Room>,
+    len: usize,
     loader: &'l Loader,
 }
 
 impl AsRef<[u8]> for Part<'_> {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        self.room.as_ref().map_or(&[], |room| &room.bytes()[..self.len])
     }
 }
 
 impl Drop for Part<'_> {
     fn drop(&mut self) {
-        // Full or gone: it is freed.
-        let _ = self.loader.empty.try_send(std::mem::take(&mut self.bytes));
+        if let Some(room) = self.room.take() {
+            // Full or gone: it is freed.
+            let _ = self.loader.empty.try_send(room);
+        }
     }
 }
 
