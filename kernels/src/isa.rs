@@ -114,7 +114,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// The f16 at `AT` of each block, a quarter of the lanes each.
     #[inline(always)]
     fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> Self::Float {
-        self.quarters_float(self.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))))
+        scales_one_by_one::<_, BYTES, AT>(self, blocks)
     }
     fn load_float(self, v: &[f32; 16]) -> Self::Float;
     /// a · b + c.
@@ -490,4 +490,22 @@ pub fn run<O: Op>(op: O) -> O::Out {
         }};
     }
     isa_rows!(dispatch)
+}
+
+/// What [`Isa::block_scales`] is.
+#[inline(always)]
+fn scales_one_by_one<I: Isa, const BYTES: usize, const AT: usize>(isa: I, blocks: &[[u8; BYTES]; 4]) -> I::Float {
+    isa.quarters_float(isa.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))))
+}
+
+/// Of four blocks of `bytes`, the word at byte `at`, for a quarter of 16 lanes each.
+#[cfg(target_arch = "x86_64")]
+const fn block_words(bytes: usize, at: usize) -> [u16; 32] {
+    let mut out = [0; 32];
+    let mut lane = 0;
+    while lane < 16 {
+        out[lane] = ((lane / 4 * bytes + at) / 2) as u16;
+        lane += 1;
+    }
+    out
 }

@@ -322,8 +322,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
 
     #[inline(always)]
     fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
-        let bits = bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b));
-        let mut out = [0.0; 4];
+        let (bits, mut out) = (bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b)), [0.0; 4]);
         // SAFETY: F16C, by the token; 16 writable bytes, by the type.
         unsafe { _mm_storeu_ps(out.as_mut_ptr(), _mm_cvtph_ps(_mm_cvtsi64_si128(bits as i64))) };
         out
@@ -402,17 +401,17 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         }
     }
 
-    /// Of small blocks one load has all four.
     #[inline(always)]
     fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> __m512 {
+        // Unless one load has them all.
         if 4 * BYTES < 64 || AT % 2 + BYTES % 2 > 0 || AT + 3 * BYTES > 62 {
-            return self.quarters_float(self.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))));
+            return super::scales_one_by_one::<_, BYTES, AT>(self, blocks);
         }
-        let places: [u16; 32] = const { block_words(BYTES, AT) };
-        // SAFETY: F16C and AVX-512BW, by the token; 64 readable bytes each, by the types and the check above.
+        // SAFETY: AVX-512BW, by the token; 64 readable bytes each, by the types and the check above.
         unsafe {
-            let words = _mm512_permutexvar_epi16(_mm512_loadu_si512(places.as_ptr().cast()), _mm512_loadu_si512(blocks.as_ptr().cast()));
-            _mm512_cvtph_ps(_mm512_castsi512_si256(words))
+            let places = _mm512_loadu_si512(const { &super::block_words(BYTES, AT) }.as_ptr().cast());
+            let all = _mm512_loadu_si512(blocks.as_ptr().cast());
+            _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(places, all)))
         }
     }
 
@@ -598,15 +597,4 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         // SAFETY: a prefetch of any address has no architectural effect.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
-}
-
-/// Of four blocks of `bytes`, the word at byte `at`, for a quarter of 16 lanes each.
-const fn block_words(bytes: usize, at: usize) -> [u16; 32] {
-    let mut out = [0; 32];
-    let mut lane = 0;
-    while lane < 16 {
-        out[lane] = ((lane / 4 * bytes + at) / 2) as u16;
-        lane += 1;
-    }
-    out
 }
