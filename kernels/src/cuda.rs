@@ -54,7 +54,7 @@ pub trait Gpu: Send + Sync {
     /// # Safety
     /// `at` came from `allocate` with as many bytes and nothing uses it any more.
     unsafe fn free(&self, at: Address, bytes: usize);
-    /// Of the host, page-locked, and not 0-sized.
+    /// Page-locked memory of the host; `bytes` is not 0.
     fn allocate_locked(&self, bytes: usize) -> Result<NonNull<u8>>;
     /// # Safety
     /// `at` came from `allocate_locked` with as many bytes and nobody reads it any more.

@@ -70,10 +70,11 @@ impl WeightMatrix {
         let staging = device.allocate("staging", WeightMatrix::staging_for(block, rows, columns) as usize)?;
         for range in WeightMatrix::parts(block, rows, columns) {
             let (first, part) = (range.start / row_bytes, next(range)?);
-            staging.write(0, part.as_ref())?;
-            matrix.pack(device, &staging, first, part.as_ref().len() / row_bytes)?;
-            // The part may be page-locked, and is filled anew once it is dropped.
+            let written = staging.write(0, part.as_ref());
+            let packed = written.and_then(|()| matrix.pack(device, &staging, first, part.as_ref().len() / row_bytes));
+            // In any case, as the part may be page-locked, and is filled anew once it is dropped.
             device.wait()?;
+            packed?;
         }
         Ok(matrix)
     }

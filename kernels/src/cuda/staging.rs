@@ -42,7 +42,9 @@ impl AsMut<[u8]> for Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // SAFETY: from `allocate_locked` with as many bytes; the driver's own free waits for copies from it.
+        // Copies from it may still be on their way. An error means that the driver has gone, and they with it.
+        let _ = self.device.wait();
+        // SAFETY: from `allocate_locked` with as many bytes, and nobody reads it any more.
         unsafe { self.device.0.gpu.free_locked(self.at, self.bytes.max(1)) };
     }
 }

@@ -1,7 +1,8 @@
 //! Weights from the file to a GPU: a thread reads ahead, part by part, while
 //! the parts before are copied and packed. A part is read by several threads
-//! at once, which is what a fast disk needs, and past the map, so that the
-//! host holds a few parts whatever the model's size.
+//! at once, which is what a fast disk needs, past the map, so that the host
+//! holds a few parts whatever the model's size, and into page-locked memory,
+//! which the GPU copies from by itself.
 
 use crate::error::{Error, Result};
 use crate::model::Weight;
