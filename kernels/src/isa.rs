@@ -260,6 +260,26 @@ pub trait Isa: Copy + Send + Sync + 'static {
             reference_bfloats(a, b.iter().map(|b| &b[j]), out);
         }
     }
+    /// c\[p\] += Σ over 256 columns of 32 tokens, 32 columns of 16 of them an operand, with the 16 rows of w\[p\]: the
+    /// product of the smaller parts is left out, and unless `TWO_PARTS` the weights' smaller parts are not read. Tiles are
+    /// `MatrixDepth::Columns64`.
+    fn tile_halves<const TWO_PARTS: bool>(self, x: &[[Bfloats; 2]; 8], w: [&[Bfloats; 8]; 2], c: [&mut [Sums; HALF_TOKENS]; 2]) {
+        for (w, c) in w.into_iter().zip(c) {
+            let mut w = w.clone();
+            if !TWO_PARTS {
+                w.iter_mut().for_each(|w| w.0[1] = [[0; 16]; 16]);
+            }
+            for (half, c) in c.chunks_exact_mut(MATRIX_TOKENS).enumerate() {
+                let (x, mut sums) = (x.map(|x| x[half]), FloatSums([[0.0; 16]; 16]));
+                reference_bfloats(&x, w.iter(), &mut sums);
+                for (c, sums) in c.iter_mut().zip(&sums.0) {
+                    for (c, s) in c.0.iter_mut().zip(sums) {
+                        *c += s;
+                    }
+                }
+            }
+        }
+    }
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }
@@ -278,6 +298,14 @@ pub enum MatrixDepth {
     Columns32,
     Columns64,
 }
+
+/// 16 rows' sums of one token, on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub struct Sums(pub [f32; 16]);
+
+/// Tokens of a product of weights of two bytes.
+pub const HALF_TOKENS: usize = 2 * MATRIX_TOKENS;
 
 /// Tokens of a matrix tile.
 pub const MATRIX_TOKENS: usize = 16;
@@ -310,14 +338,39 @@ impl Bfloats {
     #[inline(always)]
     pub fn put(&mut self, i: usize, even: &[f32; 16], odd: &[f32; 16]) {
         for l in 0..16 {
-            let parts = |x: f32| {
-                let large = x.to_bits().wrapping_add(0x8000) & 0xffff_0000;
-                [large, (x - f32::from_bits(large)).to_bits() & 0xffff_0000]
-            };
-            let (even, odd) = (parts(even[l]), parts(odd[l]));
+            let (even, odd) = (Self::parts(even[l]), Self::parts(odd[l]));
             self.0[0][i][l] = even[0] >> 16 | odd[0];
             self.0[1][i][l] = even[1] >> 16 | odd[1];
         }
+    }
+
+    /// Row `i`, two neighbours in a dword.
+    #[inline(always)]
+    pub fn put_row(&mut self, i: usize, x: &[f32; 32]) {
+        let mut parts = [[0u16; 32]; 2];
+        for l in 0..32 {
+            let [large, small] = Self::parts(x[l]);
+            (parts[0][l], parts[1][l]) = ((large >> 16) as u16, (small >> 16) as u16);
+        }
+        for (out, part) in self.0.iter_mut().zip(&parts) {
+            for (out, pair) in out[i].iter_mut().zip(part.as_chunks::<2>().0) {
+                *out = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+            }
+        }
+    }
+
+    /// The bfloat nearest x, and the one nearest to what that leaves, in the upper halves.
+    #[inline(always)]
+    fn parts(x: f32) -> [u32; 2] {
+        let nearest = |x: f32| x.to_bits().wrapping_add(0x8000) & 0xffff_0000;
+        let large = nearest(x);
+        [large, nearest(x - f32::from_bits(large))]
+    }
+
+    /// What row `i` stands for at `l` of 32, neighbours sharing a dword.
+    pub fn value(&self, i: usize, l: usize) -> f32 {
+        let part = |p: usize| f32::from_bits(self.0[p][i][l / 2] >> (16 * (l % 2)) << 16);
+        part(0) + part(1)
     }
 }
 

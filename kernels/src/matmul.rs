@@ -9,6 +9,7 @@
 pub mod activation;
 mod any_block;
 mod gated;
+mod half;
 mod iq4;
 mod legacy;
 pub mod panel;
@@ -48,7 +49,8 @@ pub trait MatmulKernel: Send + Sync {
     /// `TYPE/isa`, or `TYPE/isa/decode` where the weights are decoded to float.
     fn name(&self) -> String;
     fn activation(&self) -> ActivationFormat;
-    /// Largest error against the reference, as a share of its sizes; in matrix tiles [`panel::matrix::LEFT_OUT`] comes to it.
+    /// Largest error against the reference, as a share of its sizes; in matrix tiles, where values are digits,
+    /// [`panel::matrix::LEFT_OUT`] comes to it.
     fn tolerance(&self) -> f32;
     /// Whether many tokens are multiplied in matrix tiles.
     fn uses_matrix_tiles(&self) -> bool;
@@ -139,7 +141,7 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
     }
 
     fn uses_matrix_tiles(&self) -> bool {
-        I::MATRIX_TILES && W::ACTIVATION != ActivationFormat::Float
+        I::MATRIX_TILES && <<W::Panel as panel::Panel>::Matrix as panel::MatrixPanel>::EXISTS
     }
 
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
@@ -169,6 +171,8 @@ fn fast_rows<I: Isa>(isa: I, out: &mut Vec<Box<dyn MatmulKernel>>) {
     out.push(row::<I, q6_k::Dot>(isa, &blocks::Q6_K));
     out.push(row::<I, iq4::NlDot>(isa, &blocks::IQ4_NL));
     out.push(row::<I, iq4::XsDot>(isa, &blocks::IQ4_XS));
+    out.push(row::<I, half::Dot<half::F16>>(isa, &blocks::F16));
+    out.push(row::<I, half::Dot<half::Bf16>>(isa, &blocks::BF16));
 }
 
 fn decode_rows<I: Isa>(isa: I, out: &mut Vec<Box<dyn MatmulKernel>>) {

@@ -27,6 +27,7 @@ struct Formats {
     per_32: Activations,
     per_256: Activations,
     float: Activations,
+    bfloats: Activations,
 }
 
 impl Formats {
@@ -35,6 +36,7 @@ impl Formats {
             per_32: Activations::new(ActivationFormat::Q8Per32),
             per_256: Activations::new(ActivationFormat::Q8Per256),
             float: Activations::new(ActivationFormat::Float),
+            bfloats: Activations::new(ActivationFormat::Bfloats),
         }
     }
 
@@ -43,6 +45,7 @@ impl Formats {
             ActivationFormat::Q8Per32 => &mut self.per_32,
             ActivationFormat::Q8Per256 => &mut self.per_256,
             ActivationFormat::Float => &mut self.float,
+            ActivationFormat::Bfloats => &mut self.bfloats,
         }
     }
 }
@@ -54,7 +57,7 @@ impl Quantized {
 
     /// Bytes for batches of `batch` tokens, matrices' inputs being `widest` values at most, those of a gated network's second half `ffn`.
     pub fn bytes(batch: usize, widest: usize, ffn: usize) -> usize {
-        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float];
+        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float, ActivationFormat::Bfloats];
         let bytes = |cols: usize| formats.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
         bytes(widest) + bytes(ffn)
     }
@@ -69,7 +72,8 @@ impl Quantized {
             let (tensor, part) = outs[0].0.tensor();
             observer.lock().unwrap_or_else(|e| e.into_inner()).input(pool, tensor, part, &self.observed, cols);
         }
-        for acts in [&mut self.inputs.per_32, &mut self.inputs.per_256, &mut self.inputs.float] {
+        let Formats { per_32, per_256, float, bfloats } = &mut self.inputs;
+        for acts in [per_32, per_256, float, bfloats] {
             let format = acts.format();
             let mut jobs: Vec<Job> = outs.iter_mut().filter(|(w, _)| w.plan().activation() == format).map(|(w, out)| job(w, out)).collect();
             if !jobs.is_empty() {

@@ -10,7 +10,7 @@
 //! has AMX with int8 and bfloats and the system has granted it; loads and stores stay in
 //! the arrays they are given.
 
-use super::{Bfloats, FloatSums, Lanes, MatrixDepth, MatrixDigits, MatrixSums};
+use super::{Bfloats, FloatSums, HALF_TOKENS, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Sums};
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
@@ -193,6 +193,74 @@ pub unsafe fn bfloats(a: &[Bfloats], b: &[[Bfloats; 4]], out: &mut [FloatSums; 4
     unsafe { store_sums(out) }
 }
 
+/// `Isa::tile_halves`. Sums stay in tiles 0–3: tokens 0–15 with both rows' weights, then tokens 16–31.
+///
+/// # Safety
+/// AMX, configured for 64 columns.
+#[inline(always)]
+pub unsafe fn halves<const TWO_PARTS: bool>(x: &[[Bfloats; 2]; 8], w: [&[Bfloats; 8]; 2], c: [&mut [Sums; HALF_TOKENS]; 2]) {
+    // SAFETY: reads 2 KiB of each.
+    unsafe {
+        asm!(
+            "tileloadd tmm0, [{c0} + {row}*1]",
+            "tileloadd tmm1, [{c1} + {row}*1]",
+            "tileloadd tmm2, [{c0} + {row}*1 + 1024]",
+            "tileloadd tmm3, [{c1} + {row}*1 + 1024]",
+            c0 = in(reg) c[0].as_ptr(), c1 = in(reg) c[1].as_ptr(), row = in(reg) 64usize,
+            options(readonly, nostack, preserves_flags)
+        );
+    }
+    for ((x, w0), w1) in x.iter().zip(w[0]).zip(w[1]) {
+        // SAFETY: reads the 4 KiB of `x`, and of each `w` 1 KiB, the larger parts.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{x} + {row}*1 + 1024]",
+                "tileloadd tmm6, [{w0} + {row}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{w1} + {row}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{x} + {row}*1 + 3072]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm4, [{x} + {row}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{x} + {row}*1 + 2048]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                x = in(reg) x, w0 = in(reg) w0, w1 = in(reg) w1, row = in(reg) 64usize,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
+        if TWO_PARTS {
+            // SAFETY: reads the other 1 KiB of each `w`.
+            unsafe {
+                asm!(
+                    "tileloadd tmm6, [{w0} + {row}*1 + 1024]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm7, [{w1} + {row}*1 + 1024]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    w0 = in(reg) w0, w1 = in(reg) w1, row = in(reg) 64usize,
+                    options(readonly, nostack, preserves_flags)
+                );
+            }
+        }
+    }
+    // SAFETY: writes 2 KiB of each.
+    unsafe {
+        asm!(
+            "tilestored [{c0} + {row}*1], tmm0",
+            "tilestored [{c1} + {row}*1], tmm1",
+            "tilestored [{c0} + {row}*1 + 1024], tmm2",
+            "tilestored [{c1} + {row}*1 + 1024], tmm3",
+            c0 = in(reg) c[0].as_mut_ptr(), c1 = in(reg) c[1].as_mut_ptr(), row = in(reg) 64usize,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
 /// Tiles 0–3 to memory, one after the other.
 ///
 /// # Safety
@@ -289,7 +357,32 @@ mod tests {
                 assert!((got - want).abs() <= 1e-6 * 96.0 * 2048.0 * 2048.0, "{got} instead of {want}");
             }
         }
+        let x: Vec<[Bfloats; 2]> = (0..8).map(|_| [operand(), operand()]).collect();
+        let w: [Vec<Bfloats>; 2] = [(0..8).map(|_| operand()).collect(), (0..8).map(|_| operand()).collect()];
+        fn halves<I: Isa, const TWO_PARTS: bool>(isa: I, x: &[[Bfloats; 2]], w: &[Vec<Bfloats>; 2]) -> [[Sums; HALF_TOKENS]; 2] {
+            // What was there before stays in the sums.
+            let mut c = [[Sums([3.0; 16]); HALF_TOKENS]; 2];
+            let [c0, c1] = &mut c;
+            isa.begin_tiles(MatrixDepth::Columns64);
+            let [w0, w1] = [0, 1].map(|p| w[p][..].try_into().expect("eight steps"));
+            isa.tile_halves::<TWO_PARTS>(x.try_into().expect("eight steps"), [w0, w1], [c0, c1]);
+            isa.end_tiles();
+            c
+        }
+        let scalar = Scalar::detect().expect("every CPU has it");
+        for (got, want) in [
+            (halves::<_, false>(amx, &x, &w), halves::<_, false>(scalar, &x, &w)),
+            (halves::<_, true>(amx, &x, &w), halves::<_, true>(scalar, &x, &w)),
+        ] {
+            for (got, want) in got.as_flattened().iter().zip(want.as_flattened()).flat_map(|(a, b)| a.0.iter().zip(b.0)) {
+                assert!((got - want).abs() <= 1e-6 * 256.0 * 2048.0 * 2048.0, "{got} instead of {want}");
+            }
+        }
         let mut x = Bfloats::ZERO;
+        let mut row = [0.0; 32];
+        (row[6], row[7]) = (1.234_567_9, -7.7e-3);
+        x.put_row(9, &row);
+        assert!((x.value(9, 6) - row[6]).abs() < 2e-5 && (x.value(9, 7) - row[7]).abs() < 1e-7 && x.value(9, 8) == 0.0);
         x.put(3, &[1.234_567_9; 16], &[-7.7e-3; 16]);
         let parts = |shift: u32| {
             f64::from(f32::from_bits(x.0[0][3][5] << shift & 0xffff_0000)) + f64::from(f32::from_bits(x.0[1][3][5] << shift & 0xffff_0000))

@@ -14,22 +14,24 @@
 //! stays in L1 while all tokens pass, the activations of a slab and C (both
 //! about 100–200 KiB for 512 tokens) in L2. A family of types shares a tile
 //! kernel: integer sub-block scales (`integer_scales.rs`), a float scale a 32
-//! (`float_scales.rs`), floats (`floats.rs`). CPUs with matrix tiles run the
-//! quantized ones in another order (`matrix.rs`).
+//! (`float_scales.rs`), floats (`floats.rs`), floats of two bytes (`halves.rs`).
+//! CPUs with matrix tiles run all but plain floats in another order (`matrix.rs`).
 
 pub mod float_scales;
 pub mod floats;
+pub mod halves;
 pub mod integer_scales;
 pub mod matrix;
 
 use super::activation::Activations;
-use crate::isa::{GROUP, Isa, Lanes, TileShape, TokenDwords, TokenInts, each};
+use crate::isa::{GROUP, Isa, Lanes, Sums, TileShape, TokenDwords, TokenInts, each};
 use crate::threads::Tile;
 use gguf::blocks::Codec;
 use std::cell::RefCell;
 
 pub use float_scales::FloatScales;
 pub use floats::{FloatBlock, Floats};
+pub use halves::{BfloatBlock, Halves};
 pub use integer_scales::IntegerScales;
 pub use matrix::{MatrixBlock, MatrixPanel};
 
@@ -134,11 +136,6 @@ pub trait Panel: Sized {
         next: &mut Upcoming,
     );
 }
-
-/// 16 rows' sums of one token, on a cache line of their own.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-pub struct Sums(pub [f32; LANES]);
 
 thread_local! {
     static C: RefCell<Vec<Sums>> = const { RefCell::new(Vec::new()) };

@@ -7,9 +7,9 @@
 //!     C += p · (d · d_x)  +  m · (d_x·Σx)      (float, 16 rows in lanes)
 //! ```
 
-use super::matrix::PANELS;
-use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
-use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, each};
+use super::matrix::{PANELS, prefetch_start, prefetch_sums};
+use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, each};
 use crate::matmul::activation::Activations;
 
 #[repr(C, align(64))]
@@ -93,6 +93,7 @@ pub struct SignedBytes {
 
 impl MatrixPanel for SignedBytes {
     type From = FloatScales;
+    type Tokens = MatrixBlock;
     type Sums = [MatrixSums; 9];
     const EMPTY: Self = SignedBytes {
         q: [[0; LANES]; STEPS],
@@ -104,6 +105,10 @@ impl MatrixPanel for SignedBytes {
     const NO_SUMS: [MatrixSums; 9] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 9];
     const DEPTH: MatrixDepth = MatrixDepth::Columns32;
     const A_STEP: usize = 1;
+
+    fn tokens(acts: &Activations, slab: usize) -> &[MatrixBlock] {
+        acts.matrix_slab(slab)
+    }
 
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = FloatScales>>(&mut self, isa: I, p: &FloatScales) {
@@ -124,15 +129,29 @@ impl MatrixPanel for SignedBytes {
     }
 
     #[inline(always)]
-    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut [MatrixSums; 9]) {
-        isa.tile_blocks(&x.q, &panels[first].q, &panels[first].coarse, out);
+    fn step<I: Isa, W: PanelWeights<Panel = FloatScales>>(
+        isa: I,
+        panels: &[Self; PANELS],
+        first: usize,
+        x: &MatrixBlock,
+        sums: &mut [MatrixSums; 9],
+        c: [&mut [Sums]; PANELS],
+    ) {
+        prefetch_sums(isa, c[first]);
+        isa.tile_blocks(&x.q, &panels[first].q, &panels[first].coarse, sums);
+        if first + 1 == PANELS {
+            prefetch_start(isa, x);
+        }
+        panels[first].add_scaled::<I, W>(isa, x, sums, c[first].first_chunk_mut().expect("a block's tokens"));
     }
+}
 
+impl SignedBytes {
+    /// C (of 16 tokens) += the products of this panel, scaled.
     #[inline(always)]
     fn add_scaled<I: Isa, W: PanelWeights<Panel = FloatScales>>(
         &self,
         isa: I,
-        _p: usize,
         x: &MatrixBlock,
         sums: &[MatrixSums; 9],
         c: &mut [Sums; MATRIX_TOKENS],

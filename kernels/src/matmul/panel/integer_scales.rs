@@ -12,9 +12,9 @@
 //! Where every p of a tile fits in 16 bits, as the activations' sums prove for
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
-use super::matrix::{LOW_UNITS, PANELS};
-use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Sums, Upcoming};
-use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, TokenInts, each};
+use super::matrix::{LOW_UNITS, PANELS, prefetch_start, prefetch_sums};
+use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, TokenInts, each};
 use crate::matmul::activation::Activations;
 
 #[repr(C, align(64))]
@@ -181,6 +181,7 @@ pub struct Digits {
 
 impl MatrixPanel for Digits {
     type From = IntegerScales;
+    type Tokens = MatrixBlock;
     type Sums = [MatrixSums; 4];
     const EMPTY: Self = Digits {
         low: [[0; LANES]; STEPS],
@@ -193,6 +194,10 @@ impl MatrixPanel for Digits {
     const NO_SUMS: [MatrixSums; 4] = [MatrixSums([[0; LANES]; MATRIX_TOKENS]); 4];
     const DEPTH: MatrixDepth = MatrixDepth::Columns64;
     const A_STEP: usize = 2;
+
+    fn tokens(acts: &Activations, slab: usize) -> &[MatrixBlock] {
+        acts.matrix_slab(slab)
+    }
 
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = IntegerScales>>(&mut self, isa: I, p: &IntegerScales) {
@@ -211,10 +216,27 @@ impl MatrixPanel for Digits {
     }
 
     #[inline(always)]
-    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut [MatrixSums; 4]) {
-        isa.tile_digits(&x.q, [[&panels[first].low, &panels[first].high], [&panels[first + 1].low, &panels[first + 1].high]], out);
+    fn step<I: Isa, W: PanelWeights<Panel = IntegerScales>>(
+        isa: I,
+        panels: &[Self; PANELS],
+        _first: usize,
+        x: &MatrixBlock,
+        sums: &mut [MatrixSums; 4],
+        c: [&mut [Sums]; PANELS],
+    ) {
+        for c in &c {
+            prefetch_sums(isa, c);
+        }
+        isa.tile_digits(&x.q, [[&panels[0].low, &panels[0].high], [&panels[1].low, &panels[1].high]], sums);
+        prefetch_start(isa, x);
+        for (p, c) in c.into_iter().enumerate() {
+            panels[p].add_scaled::<I, W>(isa, p, x, sums, c.first_chunk_mut().expect("a block's tokens"));
+        }
     }
+}
 
+impl Digits {
+    /// C (of 16 tokens) += the products of this panel, the `p`-th, scaled.
     #[inline(always)]
     fn add_scaled<I: Isa, W: PanelWeights<Panel = IntegerScales>>(
         &self,

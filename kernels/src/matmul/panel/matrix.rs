@@ -14,7 +14,8 @@
 //! Integer sub-block scales cannot stay apart: a tile sums over 64 columns at
 //! once. They are multiplied into the quants, and the product is two digits
 //! (`integer_scales.rs`). Float scales a 32 keep tiles to 32 columns
-//! (`float_scales.rs`).
+//! (`float_scales.rs`). Floats of two bytes have nothing to scale: tiles add
+//! to C themselves (`halves.rs`).
 //!
 //! Tiles multiply so much faster than vectors scale their sums that
 //! activations have a second digit too: what int8 rounds off, the greater part
@@ -24,8 +25,8 @@
 //! Slabs are the outer loop, so that a slab's activations (320 KiB for 512
 //! tokens) are read from L2 by all 256 rows.
 
-use super::{C, LANES, Lines, Panel, PanelWeights, SLAB, Sums};
-use crate::isa::{Isa, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants, MatrixSums};
+use super::{C, LANES, Lines, Panel, PanelWeights, SLAB};
+use crate::isa::{Isa, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants, Sums};
 use crate::matmul::activation::Activations;
 use crate::threads::Tile;
 use gguf::blocks::Codec;
@@ -93,26 +94,32 @@ impl MatrixBlock {
 pub trait MatrixPanel: Sized {
     /// Its panel.
     type From: Panel<Matrix = Self>;
-    /// Sums of one step.
+    /// What it keeps of a block of tokens.
+    type Tokens;
+    /// Sums of one step, before they are scaled.
     type Sums;
     const EMPTY: Self;
     const NO_SUMS: Self::Sums;
+    /// False for families that never meet matrix tiles.
+    const EXISTS: bool = true;
+    /// Of a block.
+    const TOKENS: usize = MATRIX_TOKENS;
     const DEPTH: MatrixDepth;
     /// Panels a step: 1, or all.
     const A_STEP: usize;
 
+    /// All blocks of a slab.
+    fn tokens(acts: &Activations, slab: usize) -> &[Self::Tokens];
     /// From what was unpacked.
     fn arrange<I: Isa, W: PanelWeights<Panel = Self::From>>(&mut self, isa: I, panel: &Self::From);
-    /// The products of `panels` from `first` on.
-    fn products<I: Isa>(isa: I, panels: &[Self; PANELS], first: usize, x: &MatrixBlock, out: &mut Self::Sums);
-    /// C (of 16 tokens) += the products of this panel, the step's `p`-th, scaled.
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = Self::From>>(
-        &self,
+    /// C (of each panel a block's tokens) += the products of the `A_STEP` panels from `first` on.
+    fn step<I: Isa, W: PanelWeights<Panel = Self::From>>(
         isa: I,
-        p: usize,
-        x: &MatrixBlock,
-        sums: &Self::Sums,
-        c: &mut [Sums; MATRIX_TOKENS],
+        panels: &[Self; PANELS],
+        first: usize,
+        x: &Self::Tokens,
+        sums: &mut Self::Sums,
+        c: [&mut [Sums]; PANELS],
     );
 }
 
@@ -121,20 +128,21 @@ pub trait MatrixPanel: Sized {
 pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
     type Matrix<W> = <<W as PanelWeights>::Panel as Panel>::Matrix;
     let (tokens, cols) = (tile.rows.clone(), tile.cols.clone());
-    assert!(tokens.start.is_multiple_of(MATRIX_TOKENS));
-    let blocks = tokens.start / MATRIX_TOKENS..tokens.end.div_ceil(MATRIX_TOKENS);
+    let a_block = Matrix::<W>::TOKENS;
+    assert!(tokens.start.is_multiple_of(a_block));
+    let blocks = tokens.start / a_block..tokens.end.div_ceil(a_block);
     let slab_bytes = SLAB / W::Codec::LEN * W::Codec::BYTES;
     let mut panel = W::Panel::EMPTY;
     let mut matrices = [const { Matrix::<W>::EMPTY }; PANELS];
     let mut sums = Matrix::<W>::NO_SUMS;
     let mut c = C.take();
-    let padded = blocks.len() * MATRIX_TOKENS;
+    let padded = blocks.len() * a_block;
     c.clear();
     c.resize(cols.len().div_ceil(LANES).next_multiple_of(PANELS) * padded, Sums([0.0; LANES]));
     isa.begin_tiles(Matrix::<W>::DEPTH);
     let slabs = row_bytes.div_ceil(slab_bytes);
     for slab in 0..slabs {
-        let x = &acts.matrix_slab(slab)[blocks.clone()];
+        let x = &Matrix::<W>::tokens(acts, slab)[blocks.clone()];
         for (rows, c) in cols.clone().step_by(PANELS * LANES).zip(c.chunks_exact_mut(PANELS * padded)) {
             for (r, matrix) in matrices.iter_mut().enumerate() {
                 super::unpack::<I, W>(isa, weights, row_bytes, (rows + r * LANES).min(cols.end - 1)..cols.end, slab, &mut panel);
@@ -148,21 +156,9 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
             let pairs_a_step = (ahead.left / 2).div_ceil(PANELS / a_step * x.len());
             for (block, x) in x.iter().enumerate() {
                 for first in (0..PANELS).step_by(a_step) {
-                    let at = |panel: usize| panel * padded + block * MATRIX_TOKENS;
-                    // The sums that these products will be added to.
-                    for panel in first..first + a_step {
-                        for t in 0..MATRIX_TOKENS {
-                            isa.prefetch(c.as_ptr().wrapping_add(at(panel) + t).cast());
-                        }
-                    }
-                    Matrix::<W>::products(isa, &matrices, first, x, &mut sums);
-                    if first + a_step == PANELS {
-                        prefetch_start::<I>(isa, x);
-                    }
-                    for p in 0..a_step {
-                        let c = c[at(first + p)..].first_chunk_mut().expect("C has room for every block");
-                        matrices[first + p].add_scaled::<I, W>(isa, p, x, &sums, c);
-                    }
+                    let (c0, c1) = c.split_at_mut(padded);
+                    let c = [c0, c1].map(|c| &mut c[block * a_block..(block + 1) * a_block]);
+                    Matrix::<W>::step::<I, W>(isa, &matrices, first, x, &mut sums, c);
                     for _ in 0..pairs_a_step {
                         ahead.prefetch_two(isa);
                     }
@@ -185,9 +181,17 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
     C.set(c);
 }
 
+/// Brings near the sums that products will be added to.
+#[inline(always)]
+pub fn prefetch_sums<I: Isa>(isa: I, c: &[Sums]) {
+    for c in c {
+        isa.prefetch((&raw const *c).cast());
+    }
+}
+
 /// Brings near what the block after `x` begins with, while vectors scale; more of it would push the panels out of L1.
 #[inline(always)]
-fn prefetch_start<I: Isa>(isa: I, x: &MatrixBlock) {
+pub fn prefetch_start<I: Isa>(isa: I, x: &MatrixBlock) {
     let next = (&raw const *x).wrapping_add(1).cast::<u8>();
     for line in 0..MATRIX_TOKENS {
         isa.prefetch(next.wrapping_add(64 * line));
@@ -200,21 +204,18 @@ pub struct NoMatrix<P>(std::marker::PhantomData<P>);
 
 impl<P: Panel<Matrix = Self>> MatrixPanel for NoMatrix<P> {
     type From = P;
-    type Sums = [MatrixSums; 0];
+    type Tokens = ();
+    type Sums = ();
     const EMPTY: Self = NoMatrix(std::marker::PhantomData);
-    const NO_SUMS: [MatrixSums; 0] = [];
+    const NO_SUMS: () = ();
+    const EXISTS: bool = false;
     const DEPTH: MatrixDepth = MatrixDepth::Columns64;
     const A_STEP: usize = 1;
 
-    fn arrange<I: Isa, W: PanelWeights<Panel = P>>(&mut self, _: I, _: &P) {}
-    fn products<I: Isa>(_: I, _: &[Self; PANELS], _: usize, _: &MatrixBlock, _: &mut [MatrixSums; 0]) {}
-    fn add_scaled<I: Isa, W: PanelWeights<Panel = P>>(
-        &self,
-        _: I,
-        _: usize,
-        _: &MatrixBlock,
-        _: &[MatrixSums; 0],
-        _: &mut [Sums; MATRIX_TOKENS],
-    ) {
+    fn tokens(_: &Activations, _: usize) -> &[()] {
+        &[]
     }
+
+    fn arrange<I: Isa, W: PanelWeights<Panel = P>>(&mut self, _: I, _: &P) {}
+    fn step<I: Isa, W: PanelWeights<Panel = P>>(_: I, _: &[Self; PANELS], _: usize, _: &(), _: &mut (), _: [&mut [Sums]; PANELS]) {}
 }

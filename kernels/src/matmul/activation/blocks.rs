@@ -1,0 +1,220 @@
+//! Blocks of a panel, filled token by token.
+
+use super::ActivationFormat;
+use crate::isa::{GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, each};
+use crate::matmul::panel::matrix::LOW_UNITS;
+use crate::matmul::panel::{BfloatBlock, FloatBlock, MatrixBlock, QuantizedBlock, SLAB, pair};
+
+/// 1.5 · 2^23: adding it rounds to an integer.
+const MAGIC: f32 = 12_582_912.0;
+
+/// 256 values of a token, quantized.
+struct Quantized {
+    q: [u8; SLAB],
+    /// Scale of each 32.
+    d: [f32; 8],
+    /// Σ q of each 16.
+    sums_16: [i32; 16],
+}
+
+#[inline(always)]
+fn quantize_slab<I: Isa>(isa: I, x: &[f32], format: ActivationFormat) -> Quantized {
+    let run = format.run_len();
+    let (mut q, mut d) = ([0u8; SLAB], [0.0; 8]);
+    for (i, q) in q.chunks_exact_mut(run).enumerate() {
+        let scale = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
+        d[i * run / 32..(i + 1) * run / 32].fill(scale);
+    }
+    let sums_16 = sums_of_16(isa, &[1; SLAB], &q);
+    Quantized { q, d, sums_16 }
+}
+
+/// What d · q leaves of x, in units of `unit`, as bytes.
+#[inline(always)]
+fn residuals(x: &[f32], q: &[u8; SLAB], d: &[f32; 8], unit: f32) -> [u8; SLAB] {
+    let mut out = [0; SLAB];
+    let inverse = if unit > 0.0 { 1.0 / unit } else { 0.0 };
+    for (i, out) in out.chunks_exact_mut(32).enumerate() {
+        let d = d[i] * inverse;
+        let x = &x[(32 * i).min(x.len())..(32 * i + 32).min(x.len())];
+        for ((out, x), q) in out.iter_mut().zip(x).zip(&q[32 * i..]) {
+            let r = x * inverse - f32::from(*q as i8) * d + MAGIC;
+            *out = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
+        }
+    }
+    out
+}
+
+/// A block of a panel.
+pub trait PanelBlock: Send + Sync + Clone {
+    const EMPTY: Self;
+    const TOKENS: usize;
+    /// Token `t`'s values of this slab (fewer at the end of a row).
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat);
+    /// After all tokens.
+    fn finish(&mut self);
+}
+
+impl PanelBlock for FloatBlock {
+    const EMPTY: Self = FloatBlock::EMPTY;
+    const TOKENS: usize = GROUP;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, _: I, t: usize, x: &[f32], _: ActivationFormat) {
+        for (i, out) in self.x.iter_mut().enumerate() {
+            out[t] = x.get(i).copied().unwrap_or(0.0);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {}
+}
+
+impl PanelBlock for BfloatBlock {
+    const EMPTY: Self = BfloatBlock::EMPTY;
+    const TOKENS: usize = HALF_TOKENS;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, _: I, t: usize, x: &[f32], _: ActivationFormat) {
+        let mut whole = [0.0; SLAB];
+        whole[..x.len()].copy_from_slice(x);
+        for (out, x) in self.x.iter_mut().zip(whole.as_chunks::<32>().0) {
+            out[t / MATRIX_TOKENS].put_row(t % MATRIX_TOKENS, x);
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {}
+}
+
+impl PanelBlock for MatrixBlock {
+    const EMPTY: Self = MatrixBlock::EMPTY;
+    const TOKENS: usize = MATRIX_TOKENS;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
+        let Quantized { q, d, sums_16: high_16 } = quantize_slab(isa, x, format);
+        let d_low = match format {
+            ActivationFormat::Q8Per256 => d[0] / LOW_UNITS as f32,
+            // What rounding leaves is at most d / 2.
+            _ => d.iter().fold(0.0f32, |m, d| if *d > m { *d } else { m }) / 254.0,
+        };
+        let low = residuals(x, &q, &d, d_low);
+        let low_16 = sums_of_16(isa, &[1; SLAB], &low);
+        for (out, (q, low)) in self.q.high.iter_mut().zip(&mut self.q.low).zip(q.as_chunks::<64>().0.iter().zip(low.as_chunks::<64>().0)) {
+            out.0[t] = q.map(|v| v as i8);
+            out.1[t] = low.map(|v| v as i8);
+        }
+        self.d_low[t] = d_low;
+        let high_32: [i32; 8] = each!(8, |s| high_16[2 * s] + high_16[2 * s + 1]);
+        let low_32: [i32; 8] = each!(8, |s| low_16[2 * s] + low_16[2 * s + 1]);
+        for s in 0..8 {
+            self.d[s][t] = d[s];
+            self.offsets_32[s][t] = high_32[s] as f32 * d[s] + low_32[s] as f32 * d_low;
+        }
+        if format == ActivationFormat::Q8Per256 {
+            let sums_16: [i32; 16] = each!(16, |s| LOW_UNITS * high_16[s] + low_16[s]);
+            let sums_32: [i32; 8] = each!(8, |s| sums_16[2 * s] + sums_16[2 * s + 1]);
+            let peak = sums_16.iter().chain(&sums_32).fold(0, |m, s| s.abs().max(m));
+            if t == 0 {
+                self.sum_shift = 0;
+            }
+            while peak >> self.sum_shift >= 1 << 15 {
+                self.halve_sums();
+            }
+            let shift = self.sum_shift;
+            for s in 0..8 {
+                self.pairs_16[s][t] = pair(sums_16[2 * s] >> shift, sums_16[2 * s + 1] >> shift);
+            }
+            for s in 0..4 {
+                self.pairs_32[s][t] = pair(sums_32[2 * s] >> shift, sums_32[2 * s + 1] >> shift);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {}
+}
+
+impl PanelBlock for QuantizedBlock {
+    const EMPTY: Self = QuantizedBlock::EMPTY;
+    const TOKENS: usize = GROUP;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat) {
+        let Quantized { q, d, sums_16: sums } = quantize_slab(isa, x, format);
+        for (out, d) in self.d.iter_mut().zip(d) {
+            out[t] = d;
+        }
+        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
+            out[t] = q.map(|v| v as i8);
+        }
+        let mut magnitudes = q;
+        magnitudes.iter_mut().for_each(|v| *v = (*v as i8).unsigned_abs());
+        let sizes = sums_of_16(isa, &magnitudes, &[1; SLAB]);
+        for (s, sum) in sums.iter().enumerate() {
+            self.sums_16[s][t] = *sum;
+        }
+        let mut peaks = [0i32; 4];
+        for s in 0..16 {
+            peaks[0] = peaks[0].max(sizes[s]);
+            peaks[1] = peaks[1].max((sizes[s] + sums[s].abs()) / 2);
+        }
+        for s in 0..8 {
+            let (sum, size) = (sums[2 * s] + sums[2 * s + 1], sizes[2 * s] + sizes[2 * s + 1]);
+            self.sums_32[s][t] = sum;
+            self.offsets_32[s][t] = sum as f32 * self.d[s][t];
+            peaks[2] = peaks[2].max(size);
+            peaks[3] = peaks[3].max((size + sum.abs()) / 2);
+        }
+        let before = if t == 0 { [0; 4] } else { self.peaks };
+        self.peaks = std::array::from_fn(|i| peaks[i].max(before[i]));
+    }
+
+    #[inline(always)]
+    fn finish(&mut self) {
+        for s in 0..8 {
+            for t in 0..GROUP {
+                self.pairs_16[s][t] = pair(self.sums_16[2 * s][t], self.sums_16[2 * s + 1][t]);
+            }
+        }
+        for s in 0..4 {
+            for t in 0..GROUP {
+                self.pairs_32[s][t] = pair(self.sums_32[2 * s][t], self.sums_32[2 * s + 1][t]);
+            }
+        }
+    }
+}
+
+/// Σ u·s of each 16; `u` and `s` as of [`Isa::dot_unsigned`].
+#[inline(always)]
+fn sums_of_16<I: Isa>(isa: I, u: &[u8; SLAB], s: &[u8; SLAB]) -> [i32; 16] {
+    let mut fours = [0.0f32; SLAB / 4];
+    for ((out, u), s) in fours.as_chunks_mut::<16>().0.iter_mut().zip(u.as_chunks().0).zip(s.as_chunks().0) {
+        // Exact: below 2^24.
+        isa.store_float(isa.to_float(isa.dot_unsigned(isa.zero_int(), isa.load(u), isa.load(s))), out);
+    }
+    each!(16, |i| (fours[4 * i] + fours[4 * i + 1] + fours[4 * i + 2] + fours[4 * i + 3]) as i32)
+}
+
+/// Quantizes one run (shorter at the end of a row) to i8, as bytes, and returns its scale.
+#[inline(always)]
+pub fn quantize_run(x: &[f32], q: &mut [u8]) -> f32 {
+    let mut peaks = [0.0f32; 16];
+    let mut chunks = x.chunks_exact(16);
+    for c in &mut chunks {
+        for l in 0..16 {
+            let a = c[l].abs();
+            peaks[l] = if a > peaks[l] { a } else { peaks[l] };
+        }
+    }
+    let peak = peaks.iter().chain(chunks.remainder()).fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
+    let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
+    let (body, tail) = q.split_at_mut(x.len());
+    for (q, &v) in body.iter_mut().zip(x) {
+        let r = v * inverse + MAGIC;
+        *q = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
+    }
+    tail.fill(0);
+    peak / 127.0
+}

@@ -1,0 +1,119 @@
+//! F16 and BF16: weights of two bytes, multiplied as the floats they are.
+
+use super::WeightDot;
+use super::activation::{ActivationFormat, ActivationRow};
+use super::panel::{Halves, LANES, PanelWeights, transposed};
+use crate::isa::{Isa, Lanes, each};
+use gguf::blocks::{self, Codec};
+
+/// A format of two bytes.
+pub trait HalfFormat: Send + Sync + 'static {
+    type Codec: Codec;
+    /// Bfloats that make one up.
+    const PARTS: usize;
+
+    fn floats<I: Isa>(isa: I, bits: &[u16; 16]) -> I::Float;
+    /// The values in the low and in the high halves of 16 dwords.
+    fn pair<I: Isa>(isa: I, dwords: &Lanes) -> [[f32; LANES]; 2];
+}
+
+pub struct F16;
+
+impl HalfFormat for F16 {
+    type Codec = blocks::plain::F16;
+    const PARTS: usize = 2;
+
+    #[inline(always)]
+    fn floats<I: Isa>(isa: I, bits: &[u16; 16]) -> I::Float {
+        isa.load_half(bits)
+    }
+
+    #[inline(always)]
+    fn pair<I: Isa>(isa: I, dwords: &Lanes) -> [[f32; LANES]; 2] {
+        let mut out = [[0.0; LANES]; 2];
+        isa.store_float(isa.load_half(&each!(LANES, |r| dwords[r] as u16)), &mut out[0]);
+        isa.store_float(isa.load_half(&each!(LANES, |r| (dwords[r] >> 16) as u16)), &mut out[1]);
+        out
+    }
+}
+
+pub struct Bf16;
+
+impl HalfFormat for Bf16 {
+    type Codec = blocks::plain::Bf16;
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn floats<I: Isa>(isa: I, bits: &[u16; 16]) -> I::Float {
+        isa.load_float(&each!(16, |i| f32::from_bits(u32::from(bits[i]) << 16)))
+    }
+
+    #[inline(always)]
+    fn pair<I: Isa>(_: I, dwords: &Lanes) -> [[f32; LANES]; 2] {
+        [each!(LANES, |r| f32::from_bits(dwords[r] << 16)), each!(LANES, |r| f32::from_bits(dwords[r] & 0xffff_0000))]
+    }
+}
+
+/// A format's kernel.
+pub struct Dot<F>(std::marker::PhantomData<fn() -> F>);
+
+impl<F: HalfFormat> WeightDot for Dot<F> {
+    const ACTIVATION: ActivationFormat = ActivationFormat::Bfloats;
+    // Float rounding of a sum of up to 2^16 products, 16 lanes wide; what F16 leaves out in matrix tiles is below 2^-17.
+    const TOLERANCE: f32 = if F::PARTS == 1 { 4e-6 } else { 12e-6 };
+
+    #[inline(always)]
+    fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
+        let mut total = [isa.zero_float(); R];
+        let one = isa.splat(1.0);
+        let rows: [&[[u8; 2]]; R] = each!(R, |r| rows[r].as_chunks().0);
+        for (i, x) in x.x.chunks_exact(STEP).enumerate() {
+            let w: [&[[u8; 2]]; R] = each!(R, |r| &rows[r][i * STEP..(i + 1) * STEP]);
+            let mut sum = [isa.zero_float(); R];
+            for r in 0..R {
+                super::prefetch_block(isa, w[r].as_flattened());
+            }
+            for (j, x) in x.as_chunks::<16>().0.iter().enumerate() {
+                let x = isa.load_float(x);
+                for r in 0..R {
+                    let w: &[[u8; 2]; 16] = w[r][16 * j..].first_chunk().expect("within the step");
+                    // A loop, which becomes one load; an array expression becomes sixteen.
+                    let mut bits = [0u16; 16];
+                    for (bits, w) in bits.iter_mut().zip(w) {
+                        *bits = u16::from_le_bytes(*w);
+                    }
+                    sum[r] = isa.mul_add(F::floats(isa, &bits), x, sum[r]);
+                }
+            }
+            for r in 0..R {
+                total[r] = isa.mul_add(sum[r], one, total[r]);
+            }
+        }
+        let done = x.x.len() / STEP * STEP;
+        let mut out = each!(R, |r| isa.sum(total[r]));
+        let mut w = [0.0; STEP];
+        for r in 0..R {
+            let w = &mut w[..x.x.len() - done];
+            F::Codec::decode(rows[r][done..].as_flattened(), w);
+            for (w, x) in w.iter().zip(&x.x[done..]) {
+                out[r] += w * x;
+            }
+        }
+        out
+    }
+}
+
+/// Columns whose sum is made apart: two cache lines of each row.
+const STEP: usize = 64;
+
+impl<F: HalfFormat> PanelWeights for Dot<F> {
+    type Codec = F::Codec;
+    type Panel = Halves<F>;
+
+    #[inline(always)]
+    fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut Halves<F>) {
+        for (i, out) in p.pairs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            *out = transposed(isa, rows, 64 * i);
+        }
+    }
+}
