@@ -2,7 +2,7 @@
 //! w ≈ d·scale·q − dmin·min with 6-bit scale and min.
 //!
 //! 1. For each sub-block alone, find (s, m ≥ 0) that minimise Σ ω (w − s·q + m)²:
-//!    for 21 grids around the value range, round, then solve the weighted
+//!    for 9 grids around the value range, round, then solve the weighted
 //!    least squares for (s, m). The error comes from the same sums, so a
 //!    candidate costs one pass.
 //! 2. Fix d and dmin so that the largest scale and min use 63.
@@ -172,11 +172,11 @@ pub fn fit<const TOP: i32, const N: usize>(x: &[Lane; SUB], w: &[Lane; SUB], sw:
         min[l] = -lo[l];
     }
     let mut fit = Fit { x, w, wx, lo, range, sw: *sw, swx, swx2, least: [f32::INFINITY; LANES], scale, min };
-    // The range becomes TOP − 1 to TOP + 1 steps; from TOP + ½ on its end has to be clamped.
-    for first in (0..15).step_by(N) {
+    // The range becomes TOP − 2 to TOP + ⅔ steps; from TOP + ½ on its end has to be clamped.
+    for first in (0..6).step_by(N) {
         fit.try_grids::<TOP, N, false>(first);
     }
-    for first in (15..21).step_by(N) {
+    for first in (6..9).step_by(N) {
         fit.try_grids::<TOP, N, true>(first);
     }
     for l in 0..LANES {
@@ -194,9 +194,9 @@ impl Fit<'_> {
         let top = TOP as f32;
         let mut inv = [[0.0f32; LANES]; N];
         for c in 0..N {
-            let widen = top - 1.0 + 0.1 * (first + c) as f32;
+            let steps = top - 2.0 + (first + c) as f32 / 3.0;
             for l in 0..LANES {
-                inv[c][l] = if self.range[l] > 0.0 { widen / self.range[l] } else { 0.0 };
+                inv[c][l] = if self.range[l] > 0.0 { steps / self.range[l] } else { 0.0 };
             }
         }
         let mut sums = [[[0.0f32; LANES]; 3]; N];

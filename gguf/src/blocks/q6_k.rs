@@ -34,9 +34,11 @@ impl Codec for Q6K {
 const LANES: usize = 16;
 const SUB: usize = 16;
 type Lane = [f32; LANES];
+/// Where the value of largest magnitude is tried. Nine places this far apart leave 1 % less error than nineteen around −32.
+const ENDS: [f32; 9] = [-30.0, -30.35, -30.7, -31.05, -31.4, -31.75, -32.1, -32.45, -32.8];
 
 impl Encode for Q6K {
-    /// The sixteen sub-blocks ride in lanes, as in `affine`. For each, 19
+    /// The sixteen sub-blocks ride in lanes, as in `affine`. For each, 9
     /// grids give a least-squares scale; then integers of a common d are chosen.
     /// ω is w² without importances and the importance with them.
     #[inline(always)]
@@ -81,7 +83,7 @@ fn quant(x: f32) -> f32 {
 
 #[inline(always)]
 fn encode_block(values: &[f32], x: &[Lane; SUB], w: &[Lane; SUB], b: &mut [u8]) {
-    let s = fit_symmetric(x, w, 32.0, 31.0);
+    let s = fit_symmetric(x, w, 32.0, 31.0, &ENDS);
     let (d, scales) = integer_scales::<SUB, -128, 127>(x, w, &s, 0..LANES, quant);
     b.fill(0);
     if d == 0.0 {

@@ -15,7 +15,11 @@ const LEN: usize = 32;
 #[inline(always)]
 pub fn symmetric<const HALF: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, &[u8; LEN])) {
     each_sixteen(values, Some(importance), |x, w, block, n| {
-        let d = fit_symmetric::<LEN>(x, w, HALF as f32, HALF as f32 - 1.0);
+        let mut ends = [0.0; 19];
+        for (i, end) in ends.iter_mut().enumerate() {
+            *end = -(HALF as f32 + 0.1 * (i as f32 - 9.0));
+        }
+        let d = fit_symmetric::<LEN>(x, w, HALF as f32, HALF as f32 - 1.0, &ends);
         for l in 0..n {
             let d = round_to_f16(d[l]);
             let inv = inverse(d);
@@ -82,15 +86,10 @@ pub fn each_sixteen(values: &[f32], importance: Option<&[f32]>, mut f: impl FnMu
     }
 }
 
-/// For each lane the scale s of least Σ ω (x − s·q)², q in −half..=top: of 19
-/// grids around the value of largest magnitude, the least-squares scale of the best.
+/// [`fit_levels`] of the integers −half..=top.
 #[inline(always)]
-pub fn fit_symmetric<const N: usize>(x: &[Lane; N], w: &[Lane; N], half: f32, top: f32) -> Lane {
-    let mut ends = [0.0; 19];
-    for (i, end) in ends.iter_mut().enumerate() {
-        *end = -(half + 0.1 * (i as f32 - 9.0));
-    }
-    fit_levels(x, w, &ends, |v| clamp(nearest(v), -half, top))
+pub fn fit_symmetric<const N: usize>(x: &[Lane; N], w: &[Lane; N], half: f32, top: f32, ends: &[f32]) -> Lane {
+    fit_levels(x, w, ends, |v| clamp(nearest(v), -half, top))
 }
 
 /// For each lane the scale s of least Σ ω (x − s·level)²: the value of largest
