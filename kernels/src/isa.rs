@@ -265,7 +265,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// `MatrixDepth::Columns64`.
     fn tile_halves<const TWO_PARTS: bool>(self, x: &[[Bfloats; 2]; 8], w: [&[Bfloats; 8]; 2], c: [&mut [Sums; HALF_TOKENS]; 2]) {
         for (w, c) in w.into_iter().zip(c) {
-            let mut w = w.clone();
+            let mut w = *w;
             if !TWO_PARTS {
                 w.iter_mut().for_each(|w| w.0[1] = [[0; 16]; 16]);
             }
