@@ -260,9 +260,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
             reference_bfloats(a, b.iter().map(|b| &b[j]), out);
         }
     }
-    /// c\[p\] += Σ over 256 columns of 32 tokens, 32 columns of 16 of them an operand, with the 16 rows of w\[p\]: the
-    /// product of the smaller parts is left out, and unless `TWO_PARTS` the weights' smaller parts are not read. Tiles are
-    /// `MatrixDepth::Columns64`.
+    /// c\[p\] += x · w\[p\], of 32 tokens (an operand is 32 columns of 16 of them) with 16 rows, over 256 columns. As in
+    /// `tile_bfloats` the product of the smaller parts is left out; unless `TWO_PARTS`, weights have no smaller parts, and
+    /// none are read. Tiles are `MatrixDepth::Columns64`.
     fn tile_halves<const TWO_PARTS: bool>(self, x: &[[Bfloats; 2]; 8], w: [&[Bfloats; 8]; 2], c: [&mut [Sums; HALF_TOKENS]; 2]) {
         for (w, c) in w.into_iter().zip(c) {
             let mut w = *w;

@@ -36,6 +36,8 @@ pub trait WeightDot: PanelWeights {
     const ACTIVATION: ActivationFormat;
     /// Largest error against [`reference`], as a share of Σ |weight·activation|.
     const TOLERANCE: f32;
+    /// The same in matrix tiles, where for digits [`panel::matrix::LEFT_OUT`] comes to it.
+    const TOLERANCE_IN_TILES: f32 = Self::TOLERANCE;
 
     /// R rows of weights, whose streams thus overlap, with one token's
     /// activations; in each, the lines [`AHEAD`] are asked for.
@@ -51,7 +53,7 @@ pub trait MatmulKernel: Send + Sync {
     fn activation(&self) -> ActivationFormat;
     /// Largest error against the reference, as a share of its sizes; in matrix tiles, where values are digits,
     /// [`panel::matrix::LEFT_OUT`] comes to it.
-    fn tolerance(&self) -> f32;
+    fn tolerance(&self, in_tiles: bool) -> f32;
     /// Whether many tokens are multiplied in matrix tiles.
     fn uses_matrix_tiles(&self) -> bool;
     /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each; `acts` are in panels.
@@ -136,8 +138,8 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
         W::ACTIVATION
     }
 
-    fn tolerance(&self) -> f32 {
-        W::TOLERANCE
+    fn tolerance(&self, in_tiles: bool) -> f32 {
+        if in_tiles { W::TOLERANCE_IN_TILES } else { W::TOLERANCE }
     }
 
     fn uses_matrix_tiles(&self) -> bool {

@@ -56,13 +56,14 @@ fn agrees(pool: &Pool, kernel: &'static dyn MatmulKernel, weights: &[u8], (rows,
     let mut out = vec![f32::NAN; tokens * rows];
     run_group(pool, &mut [Job { plan, weights, out: &mut out }], &acts);
     let want = reference::matmul(kernel.block(), weights, rows, &acts);
-    let in_digits = kernel.uses_matrix_tiles() && tokens >= PANEL_MIN_TOKENS && kernel.activation() != ActivationFormat::Bfloats;
+    let in_tiles = kernel.uses_matrix_tiles() && tokens >= PANEL_MIN_TOKENS;
+    let in_digits = in_tiles && kernel.activation() != ActivationFormat::Bfloats;
     for (j, got) in out.iter().enumerate() {
         let (want, size, peak) = (want.products[j], want.sizes[j], want.peaks[j]);
         let error = (f64::from(*got) - want).abs();
         let left_out = if in_digits { f64::from(LEFT_OUT) * peak } else { 0.0 };
         assert!(
-            error <= f64::from(kernel.tolerance()) * size + left_out + 1e-30,
+            error <= f64::from(kernel.tolerance(in_tiles)) * size + left_out + 1e-30,
             "{} {rows}×{cols}×{tokens} [{j}]: {got} instead of {want}",
             kernel.name()
         );

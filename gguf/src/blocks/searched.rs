@@ -14,11 +14,11 @@ const LEN: usize = 32;
 /// Quants −HALF..HALF, w ≈ d·q: `store(block, d, quants + HALF)`.
 #[inline(always)]
 pub fn symmetric<const HALF: i32>(values: &[f32], importance: &[f32], mut store: impl FnMut(usize, f32, &[u8; LEN])) {
+    let mut ends = [0.0; 19];
+    for (i, end) in ends.iter_mut().enumerate() {
+        *end = -(HALF as f32 + 0.1 * (i as f32 - 9.0));
+    }
     each_sixteen(values, Some(importance), |x, w, block, n| {
-        let mut ends = [0.0; 19];
-        for (i, end) in ends.iter_mut().enumerate() {
-            *end = -(HALF as f32 + 0.1 * (i as f32 - 9.0));
-        }
         let d = fit_symmetric::<LEN>(x, w, HALF as f32, HALF as f32 - 1.0, &ends);
         for l in 0..n {
             let d = round_to_f16(d[l]);

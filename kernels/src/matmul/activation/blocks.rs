@@ -52,7 +52,8 @@ pub trait PanelBlock: Send + Sync + Clone {
     /// Token `t`'s values of this slab (fewer at the end of a row).
     fn put<I: Isa>(&mut self, isa: I, t: usize, x: &[f32], format: ActivationFormat);
     /// After all tokens.
-    fn finish(&mut self);
+    #[inline(always)]
+    fn finish(&mut self) {}
 }
 
 impl PanelBlock for FloatBlock {
@@ -65,9 +66,6 @@ impl PanelBlock for FloatBlock {
             out[t] = x.get(i).copied().unwrap_or(0.0);
         }
     }
-
-    #[inline(always)]
-    fn finish(&mut self) {}
 }
 
 impl PanelBlock for BfloatBlock {
@@ -82,9 +80,6 @@ impl PanelBlock for BfloatBlock {
             out[t / MATRIX_TOKENS].put_row(t % MATRIX_TOKENS, x);
         }
     }
-
-    #[inline(always)]
-    fn finish(&mut self) {}
 }
 
 impl PanelBlock for MatrixBlock {
@@ -131,9 +126,6 @@ impl PanelBlock for MatrixBlock {
             }
         }
     }
-
-    #[inline(always)]
-    fn finish(&mut self) {}
 }
 
 impl PanelBlock for QuantizedBlock {

@@ -102,7 +102,7 @@ pub trait MatrixPanel: Sized {
     const NO_SUMS: Self::Sums;
     /// False for families that never meet matrix tiles.
     const EXISTS: bool = true;
-    /// Of a block.
+    /// Tokens of a block.
     const TOKENS: usize = MATRIX_TOKENS;
     const DEPTH: MatrixDepth;
     /// Panels a step: 1, or all.
@@ -123,7 +123,7 @@ pub trait MatrixPanel: Sized {
     );
 }
 
-/// Fills `tile` (tokens × rows; the first token is a multiple of 16) from `weights`.
+/// Fills `tile` (tokens × rows; the first token is a block's first) from `weights`.
 #[inline(always)]
 pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {
     type Matrix<W> = <<W as PanelWeights>::Panel as Panel>::Matrix;
