@@ -4,6 +4,7 @@
 
 use crate::isa::{self, Isa, Op, each};
 use crate::threads::Pool;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 #[derive(Debug, Clone, Copy)]
@@ -14,8 +15,6 @@ pub struct Peaks {
     pub read_bytes: f64,
 }
 
-/// Independent accumulators: enough to hide the latency of the dot instruction on two ports.
-const CHAINS: usize = 12;
 const ROUNDS: usize = 20_000;
 /// Dots on each accumulator between two visits of the optimiser's blind spot.
 const UNROLL: usize = 16;
@@ -27,23 +26,31 @@ const MOST: usize = 1 << 30;
 struct Dots(usize);
 
 impl Op for Dots {
-    type Out = f32;
+    /// Dots made.
+    type Out = usize;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> f32 {
-        let u = isa.load(&[3; 64]);
-        let s = isa.load(&[5; 64]);
-        let mut acc = [isa.zero_int(); CHAINS];
-        for _ in 0..self.0 {
-            for _ in 0..UNROLL {
-                for a in &mut acc {
-                    *a = isa.dot_unsigned(*a, u, s);
-                }
-            }
-            acc = std::hint::black_box(acc);
-        }
-        acc.into_iter().map(|a| isa.sum(isa.to_float(a))).sum()
+    fn run<I: Isa>(self, isa: I) -> usize {
+        // Enough to hide the latency of the dot instruction on two ports, and no more than there are registers for.
+        if I::WIDE { dots::<I, 12>(isa, self.0) } else { dots::<I, 6>(isa, self.0) }
     }
+}
+
+/// `rounds` rounds of dots on each of `CHAINS` accumulators.
+#[inline(always)]
+fn dots<I: Isa, const CHAINS: usize>(isa: I, rounds: usize) -> usize {
+    let u = isa.load(&[3; 64]);
+    let s = isa.load(&[5; 64]);
+    let mut acc = [isa.zero_int(); CHAINS];
+    for _ in 0..rounds {
+        for _ in 0..UNROLL {
+            for a in &mut acc {
+                *a = isa.dot_unsigned(*a, u, s);
+            }
+        }
+        acc = std::hint::black_box(acc);
+    }
+    rounds * UNROLL * CHAINS
 }
 
 /// Places read side by side: one stream a core does not reach the memory's bandwidth.
@@ -79,11 +86,12 @@ pub fn measure(pool: &Pool, weights: &[u8]) -> Peaks {
     let memory = if weights.len() < LEAST { BUFFER.get_or_init(|| vec![1u8; LEAST]) } else { &weights[..weights.len().min(MOST)] };
     let n = pool.n_threads();
     let ops = || {
-        let start = Instant::now();
+        let (start, dots) = (Instant::now(), AtomicUsize::new(0));
         pool.run(&|_| {
-            std::hint::black_box(isa::run(Dots(ROUNDS)));
+            dots.fetch_add(isa::run(Dots(ROUNDS)), Ordering::Relaxed);
         });
-        (2 * 64 * CHAINS * UNROLL * ROUNDS * n) as f64 / start.elapsed().as_secs_f64()
+        // A dot is 64 multiply-adds.
+        (2 * 64 * dots.into_inner()) as f64 / start.elapsed().as_secs_f64()
     };
     let read = || {
         let start = Instant::now();
@@ -106,9 +114,10 @@ pub fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = |key: &str| info.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(": ")).map(|(_, v)| v.trim().to_owned());
     let model = line("model name").or_else(|| line("Model")).unwrap_or_else(|| std::env::consts::ARCH.into());
-    // A family name alone does not tell two generations apart.
-    match line("model\t") {
-        Some(number) => format!("{model} (model {number})"),
-        None => model,
+    // A brand alone does not tell two generations apart.
+    match (line("cpu family"), line("model\t")) {
+        (Some(family), Some(number)) if family != "6" => format!("{model} (family {family}, model {number})"),
+        (_, Some(number)) => format!("{model} (model {number})"),
+        _ => model,
     }
 }

@@ -203,6 +203,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
     ) {
+        self.scaled_dots_in_dwords::<R, T, NARROW>(acc, w, x, tokens, init, scale);
+    }
+    /// What `scaled_dots` does, its sums in `Int`s.
+    #[inline(always)]
+    fn scaled_dots_in_dwords<const R: usize, const T: usize, const NARROW: bool>(
+        self,
+        acc: &mut [[Self::Int; T]; R],
+        w: [&[Lanes]; R],
+        x: &[TokenDwords],
+        tokens: usize,
+        init: Option<&TokenInts>,
+        scale: [&Lanes; R],
+    ) {
         let mut p = [[self.zero_int(); T]; R];
         for t in 0..T {
             let first = self.splat_int(init.map_or(0, |i| i[tokens + t]));
@@ -430,16 +443,15 @@ macro_rules! detected {
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use detected;
 
-/// Declares an ISA row: token, CPU check and `vectorize`, from one feature list.
+/// Declares an ISA row: token, CPU check and `vectorize`, from one feature list. With a flag it declares
+/// two rows of one implementation, of which the flagged one has more features.
 macro_rules! isa_token {
-    ($name:ident $(<const $flag:ident: bool>)?, [$($feature:tt),* $(,)?]) => {
+    ($name:ident, [$($feature:tt),* $(,)?]) => {
         /// Proof that this CPU has the row's features.
         #[derive(Clone, Copy, Debug)]
-        pub struct $name$(<const $flag: bool>)?(());
+        pub struct $name(());
 
-        impl$(<const $flag: bool>)? $name$(<$flag>)? {
-            pub const FEATURES: &'static str = concat!($($feature, " "),*);
-
+        impl $name {
             fn check() -> Option<Self> {
                 let all = true $(&& $crate::isa::detected!($feature))*;
                 all.then_some($name(()))
@@ -447,11 +459,38 @@ macro_rules! isa_token {
 
             fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
                 $(#[target_feature(enable = $feature)])*
-                fn with_features<$(const $flag: bool,)? O: crate::isa::Op>(isa: $name$(<$flag>)?, op: O) -> O::Out {
+                fn with_features<O: crate::isa::Op>(isa: $name, op: O) -> O::Out {
                     op.run(isa)
                 }
                 // SAFETY: `self` exists only if `check` found every feature named above.
                 unsafe { with_features(self, op) }
+            }
+        }
+    };
+    ($name:ident<const $flag:ident: bool>, [$($feature:tt),* $(,)?], flagged: [$($more:tt),*]) => {
+        /// Proof that this CPU has the row's features.
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name<const $flag: bool>(());
+
+        impl<const $flag: bool> $name<$flag> {
+            fn check() -> Option<Self> {
+                let all = true $(&& $crate::isa::detected!($feature))*;
+                let more = true $(&& $crate::isa::detected!($more))*;
+                (all && (more || !$flag)).then_some($name(()))
+            }
+
+            fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
+                $(#[target_feature(enable = $feature)])*
+                fn with_features<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {
+                    op.run(isa)
+                }
+                $(#[target_feature(enable = $feature)])*
+                $(#[target_feature(enable = $more)])*
+                fn with_more<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {
+                    op.run(isa)
+                }
+                // SAFETY: `self` exists only if `check` found every feature named above.
+                unsafe { if $flag { with_more(self, op) } else { with_features(self, op) } }
             }
         }
     };
@@ -464,7 +503,7 @@ pub(crate) use isa_token;
 #[macro_export]
 macro_rules! isa_rows {
     ($m:ident) => {
-        $m! { $crate::isa::avx512vnni::Amx, $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
+        $m! { $crate::isa::avx512vnni::Amx, $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::AvxVnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
     };
 }
 

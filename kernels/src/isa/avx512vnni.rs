@@ -15,7 +15,7 @@ use four_steps::four_steps;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-isa_token!(Avx512<const AMX: bool>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"]);
+isa_token!(Avx512<const AMX: bool>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"], flagged: []);
 
 pub type Avx512Vnni = Avx512<false>;
 pub type Amx = Avx512<true>;

@@ -37,7 +37,7 @@ impl WeightDot for NlDot {
         for (four, q) in x.q.as_chunks::<128>().0.iter().take((rows[0].len() / 18).div_ceil(4)).enumerate() {
             let xs = as_nibbles(isa, q);
             let start = biased_start(isa, xs);
-            for r in 0..R {
+            each_row!(R, |r| {
                 let last;
                 let b: &[[u8; 18]; 4] = match rows[r].as_chunks::<18>().0.as_chunks::<4>().0.get(four) {
                     Some(b) => b,
@@ -53,7 +53,7 @@ impl WeightDot for NlDot {
                 let d = isa.f16_4(each!(4, |k| u16::from_le_bytes([b[k][0], b[k][1]])));
                 let d: [f32; 4] = each!(4, |k| d[k] * x.d[4 * four + k]);
                 acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
-            }
+            });
         }
         each!(R, |r| isa.sum(acc[r]))
     }
@@ -73,7 +73,7 @@ impl WeightDot for XsDot {
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 136).enumerate() {
             let xs: [(I::Bytes, I::Bytes); 2] = each!(2, |half| as_nibbles(isa, q[128 * half..].first_chunk().expect("half a block")));
             let starts = each!(2, |half| biased_start(isa, xs[half]));
-            for r in 0..R {
+            each_row!(R, |r| {
                 let b: &[u8; 136] = rows[r][i * 136..].first_chunk().expect("a block");
                 super::prefetch_block(isa, b);
                 let high = u16::from_le_bytes([b[2], b[3]]);
@@ -87,7 +87,7 @@ impl WeightDot for XsDot {
                 }
                 let d = isa.f16(u16::from_le_bytes([b[0], b[1]])) * x.d[i];
                 acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
-            }
+            });
         }
         each!(R, |r| isa.sum(acc[r]))
     }

@@ -134,7 +134,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
             Some(_) => each!(4, |k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]),
             None => [0.0; 4],
         };
-        for r in 0..R {
+        each_row!(R, |r| {
             let last;
             let b: &[[u8; BYTES]; 4] = match rows[r].as_chunks::<BYTES>().0.as_chunks::<4>().0.get(four) {
                 Some(b) => b,
@@ -155,22 +155,22 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                     let (a, b) = (d[2 * pair], d[2 * pair + 1]);
                     acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float([a, a, b, b]), acc[r]);
                 }
-                continue;
+            } else {
+                let raw = isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS)));
+                let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
+                if let Some(at) = U::FIFTH {
+                    let bits = each!(4, |k| u64::from(u32::from_le_bytes(*array(&b[k], at))));
+                    let join = |shift: u32| (0..4).fold(0, |all, k| all | (bits[k] >> shift & 0xffff) << (16 * k));
+                    (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
+                }
+                let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
+                acc[r] = isa.mul_add(isa.to_float(p), isa.mul(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
+                if let Some(at) = U::MIN {
+                    let m = f16s(isa, b, at);
+                    mins[r] = each!(4, |k| m[k] * sums[k] + mins[r][k]);
+                }
             }
-            let raw = isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS)));
-            let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
-            if let Some(at) = U::FIFTH {
-                let bits = each!(4, |k| u64::from(u32::from_le_bytes(*array(&b[k], at))));
-                let join = |shift: u32| (0..4).fold(0, |all, k| all | (bits[k] >> shift & 0xffff) << (16 * k));
-                (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
-            }
-            let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
-            acc[r] = isa.mul_add(isa.to_float(p), isa.mul(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
-            if let Some(at) = U::MIN {
-                let m = f16s(isa, b, at);
-                mins[r] = each!(4, |k| m[k] * sums[k] + mins[r][k]);
-            }
-        }
+        });
     }
     each!(R, |r| isa.sum(acc[r]) + mins[r].iter().sum::<f32>())
 }

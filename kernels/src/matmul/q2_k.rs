@@ -25,7 +25,7 @@ impl WeightDot for Dot {
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 84).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
-            for r in 0..R {
+            each_row!(R, |r| {
                 let b: &[u8; 84] = rows[r][i * 84..].first_chunk().expect("a block");
                 super::prefetch_block(isa, b);
                 let both = u128::from_le_bytes(*b.first_chunk().expect("16 scales"));
@@ -44,7 +44,7 @@ impl WeightDot for Dot {
                 let (d, dmin) = (isa.f16(half(80)) * x.d[i], isa.f16(half(82)) * x.d[i]);
                 acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
                 acc[r] = isa.mul_add(isa.to_float(mins), isa.splat(-dmin), acc[r]);
-            }
+            });
         }
         each!(R, |r| isa.sum(acc[r]))
     }

@@ -42,7 +42,7 @@ impl WeightDot for Dot {
             let subs: &[[u8; 32]] = q.as_chunks().0;
             let xs = each!(4, |v| isa.load_halves(&subs[v], &subs[4 + v]));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
-            for r in 0..R {
+            each_row!(R, |r| {
                 let b: &[u8; 110] = rows[r][i * 110..].first_chunk().expect("a block");
                 super::prefetch_block(isa, b);
                 let s = scales(b[96..].first_chunk().expect("12 bytes"));
@@ -59,7 +59,7 @@ impl WeightDot for Dot {
                 sum = isa.dot_scaled(sum, isa.or(isa.bits::<6, 3, 0>(low), isa.bits::<3, 1, 2>(top)), xs[3], scales[3]);
                 let d = isa.f16(u16::from_le_bytes([b[108], b[109]])) * x.d[i];
                 acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
-            }
+            });
         }
         each!(R, |r| isa.sum(acc[r]))
     }

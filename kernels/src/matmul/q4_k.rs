@@ -41,7 +41,7 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
             isa.load_halves(&subs[first], &subs[first + 2])
         });
         let sums: &[i16; 16] = x.min_sums[16 * i..].first_chunk().expect("padded activations");
-        for r in 0..R {
+        each_row!(R, |r| {
             let b: &[u8; BYTES] = rows[r][i * BYTES..].first_chunk().expect("a block");
             super::prefetch_block(isa, b);
             let (scales, mins) = isa.halves_scales(scales_and_mins(b[4..].first_chunk().expect("12 bytes")), sums);
@@ -66,7 +66,7 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
             let (d, dmin) = (isa.f16(half(0)) * x.d[i], isa.f16(half(2)) * x.d[i]);
             acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
             acc[r] = isa.mul_add(isa.to_float(mins), isa.splat(-dmin), acc[r]);
-        }
+        });
     }
     each!(R, |r| isa.sum(acc[r]))
 }

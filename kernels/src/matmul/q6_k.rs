@@ -26,7 +26,7 @@ impl WeightDot for Dot {
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 210).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
-            for r in 0..R {
+            each_row!(R, |r| {
                 let b: &[u8; 210] = rows[r][i * 210..].first_chunk().expect("a block");
                 super::prefetch_block(isa, b);
                 let scales: &[u8; 16] = b[192..].first_chunk().expect("16 scales");
@@ -44,7 +44,7 @@ impl WeightDot for Dot {
                 }
                 let d = isa.f16(u16::from_le_bytes([b[208], b[209]])) * x.d[i];
                 acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
-            }
+            });
         }
         each!(R, |r| isa.sum(acc[r]))
     }
