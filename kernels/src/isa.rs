@@ -293,6 +293,24 @@ pub trait Isa: Copy + Send + Sync + 'static {
             }
         }
     }
+    /// Whether a row of this ISA may find itself on a CPU that multiplies bfloats in vectors.
+    const MAY_MULTIPLY_BFLOATS: bool = false;
+    /// Whether this CPU does.
+    fn multiplies_bfloats(self) -> bool {
+        false
+    }
+    /// sum\[r\]\[t\] += Σ over steps of w\[r\]\[step\] · x\[step\]\[tokens + t\], two bfloats a dword; calls `each_8` every eight
+    /// steps. To be called only where `multiplies_bfloats`.
+    fn bfloat_dots<const R: usize, const T: usize>(
+        self,
+        _sum: &mut [[Self::Float; T]; R],
+        _w: [&[Lanes]; R],
+        _x: &[[u32; GROUP]],
+        _tokens: usize,
+        _each_8: impl FnMut(),
+    ) {
+        unreachable!("this row does not multiply bfloats")
+    }
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }
@@ -375,9 +393,8 @@ impl Bfloats {
     /// The bfloat nearest x, and the one nearest to what that leaves, in the upper halves.
     #[inline(always)]
     fn parts(x: f32) -> [u32; 2] {
-        let nearest = |x: f32| x.to_bits().wrapping_add(0x8000) & 0xffff_0000;
-        let large = nearest(x);
-        [large, nearest(x - f32::from_bits(large))]
+        let large = nearest_bfloat(x);
+        [large, nearest_bfloat(x - f32::from_bits(large))]
     }
 
     /// What row `i` stands for at `l` of 32, neighbours sharing a dword.
@@ -385,6 +402,12 @@ impl Bfloats {
         let part = |p: usize| f32::from_bits(self.0[p][i][l / 2] >> (16 * (l % 2)) << 16);
         part(0) + part(1)
     }
+}
+
+/// In the upper half.
+#[inline(always)]
+pub fn nearest_bfloat(x: f32) -> u32 {
+    x.to_bits().wrapping_add(0x8000) & 0xffff_0000
 }
 
 /// 16 rows × 16 columns.
@@ -555,6 +578,18 @@ pub fn selected() -> &'static str {
 pub fn has_matrix_tiles() -> bool {
     macro_rules! any {
         ($($isa:ty),*) => { false $(|| <$isa as Isa>::MATRIX_TILES && selected() == <$isa as Isa>::NAME)* };
+    }
+    isa_rows!(any)
+}
+
+/// Whether the row in force multiplies bfloats in vectors.
+pub fn multiplies_bfloats() -> bool {
+    macro_rules! any {
+        ($($isa:ty),*) => {
+            false $(|| <$isa as Isa>::MAY_MULTIPLY_BFLOATS
+                && selected() == <$isa as Isa>::NAME
+                && <$isa as Isa>::detect().is_some_and(Isa::multiplies_bfloats))*
+        };
     }
     isa_rows!(any)
 }

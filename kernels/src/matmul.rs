@@ -46,7 +46,7 @@ pub mod reference;
 use crate::error::{Error, Result};
 use crate::isa::{self, Isa, Op, each};
 use crate::threads::{Matrix, Pool, STREAMS, Strip, Striped, Tile};
-use activation::{ActivationFormat, ActivationRow, Activations};
+use activation::{ActivationFormat, ActivationRow, Activations, Layout};
 use gguf::BlockType;
 use gguf::blocks;
 use panel::PanelWeights;
@@ -77,8 +77,12 @@ pub trait MatmulKernel: Send + Sync {
     /// Largest error against the reference, as a share of its sizes; in matrix tiles, where values are digits,
     /// [`panel::matrix::LEFT_OUT`] comes to it.
     fn tolerance(&self, in_tiles: bool) -> f32;
+    /// How it wants many tokens to lie.
+    fn layout(&self) -> Layout;
     /// Whether many tokens are multiplied in matrix tiles.
-    fn uses_matrix_tiles(&self) -> bool;
+    fn uses_matrix_tiles(&self) -> bool {
+        self.layout() == Layout::Tiles
+    }
     /// Fills `tile` (tokens × rows) from `weights`, rows of `row_bytes` each; `acts` are in panels.
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>);
     /// The same of a strip; `acts` are in rows.
@@ -165,8 +169,8 @@ impl<I: Isa, W: WeightDot> MatmulKernel for Row<I, W> {
         if in_tiles { W::TOLERANCE_IN_TILES } else { W::TOLERANCE }
     }
 
-    fn uses_matrix_tiles(&self) -> bool {
-        I::MATRIX_TILES && <<W::Panel as panel::Panel>::Matrix as panel::MatrixPanel>::EXISTS
+    fn layout(&self) -> Layout {
+        Layout::of(W::ACTIVATION, I::MATRIX_TILES, self.isa.multiplies_bfloats())
     }
 
     fn run(&self, weights: &[u8], row_bytes: usize, acts: &Activations, tile: &mut Tile<'_>) {

@@ -22,31 +22,16 @@ pub(crate) struct Quantized {
     observed: Vec<f32>,
 }
 
-/// One buffer a format.
-struct Formats {
-    per_32: Activations,
-    per_256: Activations,
-    float: Activations,
-    bfloats: Activations,
-}
+/// One buffer a format, in the order of `ActivationFormat::ALL`.
+struct Formats([Activations; ActivationFormat::ALL.len()]);
 
 impl Formats {
     fn new() -> Self {
-        Formats {
-            per_32: Activations::new(ActivationFormat::Q8Per32),
-            per_256: Activations::new(ActivationFormat::Q8Per256),
-            float: Activations::new(ActivationFormat::Float),
-            bfloats: Activations::new(ActivationFormat::Bfloats),
-        }
+        Formats(ActivationFormat::ALL.map(Activations::new))
     }
 
     fn of(&mut self, format: ActivationFormat) -> &mut Activations {
-        match format {
-            ActivationFormat::Q8Per32 => &mut self.per_32,
-            ActivationFormat::Q8Per256 => &mut self.per_256,
-            ActivationFormat::Float => &mut self.float,
-            ActivationFormat::Bfloats => &mut self.bfloats,
-        }
+        self.0.iter_mut().find(|a| a.format() == format).expect("all formats are here")
     }
 }
 
@@ -57,8 +42,7 @@ impl Quantized {
 
     /// Bytes for batches of `batch` tokens, matrices' inputs being `widest` values at most, those of a gated network's second half `ffn`.
     pub fn bytes(batch: usize, widest: usize, ffn: usize) -> usize {
-        let formats = [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256, ActivationFormat::Float, ActivationFormat::Bfloats];
-        let bytes = |cols: usize| formats.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
+        let bytes = |cols: usize| ActivationFormat::ALL.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
         bytes(widest) + bytes(ffn)
     }
 
@@ -72,8 +56,7 @@ impl Quantized {
             let (tensor, part) = outs[0].0.tensor();
             observer.lock().unwrap_or_else(|e| e.into_inner()).input(pool, tensor, part, &self.observed, cols);
         }
-        let Formats { per_32, per_256, float, bfloats } = &mut self.inputs;
-        for acts in [per_32, per_256, float, bfloats] {
+        for acts in &mut self.inputs.0 {
             let format = acts.format();
             let mut jobs: Vec<Job> = outs.iter_mut().filter(|(w, _)| w.plan().activation() == format).map(|(w, out)| job(w, out)).collect();
             if !jobs.is_empty() {

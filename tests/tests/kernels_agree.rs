@@ -57,7 +57,7 @@ fn agrees(pool: &Pool, kernel: &'static dyn MatmulKernel, weights: &[u8], (rows,
     run_group(pool, &mut [Job { plan, weights, out: &mut out }], &acts);
     let want = reference::matmul(kernel.block(), weights, rows, &acts);
     let in_tiles = kernel.uses_matrix_tiles() && tokens >= PANEL_MIN_TOKENS;
-    let in_digits = in_tiles && kernel.activation() != ActivationFormat::Bfloats;
+    let in_digits = in_tiles && kernel.activation().is_quantized();
     for (j, got) in out.iter().enumerate() {
         let (want, size, peak) = (want.products[j], want.sizes[j], want.peaks[j]);
         let error = (f64::from(*got) - want).abs();
@@ -78,7 +78,7 @@ fn tiles_lose_less_than_int8() {
     let (rows, cols, tokens) = (32, 2048, 16);
     let x = tests::weights(tokens * cols, 8, 50);
     for kernel in kernels::table().iter().filter(|k| k.uses_matrix_tiles()) {
-        let in_floats = kernel.activation() == ActivationFormat::Bfloats;
+        let in_floats = !kernel.activation().is_quantized();
         let weights = random_matrix(kernel.block(), rows, cols, 5);
         let plan = Matmul::with_kernel(&**kernel, rows, cols).unwrap();
         let run = |x: &[f32]| {

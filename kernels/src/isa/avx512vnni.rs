@@ -9,7 +9,8 @@
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, amx, isa_token,
+    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, amx,
+    isa_token,
 };
 use four_steps::four_steps;
 use std::arch::asm;
@@ -34,6 +35,39 @@ unsafe fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
         asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) acc, in(zmm_reg) a, in(zmm_reg) b, options(pure, nomem, nostack, preserves_flags));
     }
     acc
+}
+
+/// [`Isa::bfloat_dots`].
+///
+/// # Safety
+/// The CPU has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bfloat_dots<const R: usize, const T: usize>(
+    sum: &mut [[__m512; T]; R],
+    w: [&[Lanes]; R],
+    x: &[[u32; GROUP]],
+    tokens: usize,
+    mut each_8: impl FnMut(),
+) {
+    let mut acc = *sum;
+    for (eight, x) in x.as_chunks::<8>().0.iter().enumerate() {
+        each_8();
+        let w: [&[Lanes; 8]; R] = each!(R, |r| w[r][8 * eight..].first_chunk().expect("eight steps"));
+        for (step, x) in x.iter().enumerate() {
+            // SAFETY: 64 readable bytes, by the type; the rest are registers.
+            unsafe {
+                let w: [__m512bh; R] =
+                    each!(R, |r| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w[r][step].as_ptr().cast())));
+                for t in 0..T {
+                    let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x[tokens + t] as i32));
+                    for r in 0..R {
+                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], w[r], x);
+                    }
+                }
+            }
+        }
+    }
+    *sum = acc;
 }
 
 impl<const AMX: bool> Isa for Avx512<AMX> {
@@ -529,6 +563,26 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         }
         // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scale` cut.
         self.mul_add_int(acc, p, unsafe { _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(scale)) })
+    }
+
+    const MAY_MULTIPLY_BFLOATS: bool = !AMX;
+
+    fn multiplies_bfloats(self) -> bool {
+        !AMX && super::detected!("avx512bf16")
+    }
+
+    #[inline(always)]
+    fn bfloat_dots<const R: usize, const T: usize>(
+        self,
+        sum: &mut [[__m512; T]; R],
+        w: [&[Lanes]; R],
+        x: &[[u32; GROUP]],
+        tokens: usize,
+        each_8: impl FnMut(),
+    ) {
+        assert!(self.multiplies_bfloats());
+        // SAFETY: AVX-512 BF16, as just asserted; all else by the token.
+        unsafe { bfloat_dots(sum, w, x, tokens, each_8) }
     }
 
     #[inline(always)]

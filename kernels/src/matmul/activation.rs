@@ -14,7 +14,7 @@
 mod blocks;
 
 use super::MatmulKernel;
-use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, QuantizedBlock, SLAB};
+use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB};
 use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op};
 use crate::threads::{Matrix, Pool, Tile};
 use blocks::{PanelBlock, quantize_run};
@@ -29,28 +29,65 @@ pub enum ActivationFormat {
     Q8Per256,
     /// Not quantized.
     Float,
-    /// Not quantized; in matrix tiles the sum of two bfloats.
-    Bfloats,
+    /// For F16: not quantized; in matrix tiles the sum of two bfloats.
+    ForF16,
+    /// For BF16: the same; but many tokens are rounded to bfloats where the CPU multiplies those in vectors.
+    ForBf16,
 }
 
-impl ActivationFormat {
-    fn run_len(self) -> usize {
-        match self {
-            ActivationFormat::Q8Per32 => 32,
-            ActivationFormat::Q8Per256 | ActivationFormat::Float | ActivationFormat::Bfloats => 256,
+/// How many tokens lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// [`GROUP`] tokens interleaved.
+    Groups,
+    /// The same, in pairs of bfloats.
+    Pairs,
+    /// Blocks for matrix tiles.
+    Tiles,
+}
+
+impl Layout {
+    /// On a CPU that has matrix tiles, or that multiplies bfloats in vectors.
+    pub(super) fn of(format: ActivationFormat, has_tiles: bool, multiplies_bfloats: bool) -> Layout {
+        match format {
+            ActivationFormat::Float => Layout::Groups,
+            _ if has_tiles => Layout::Tiles,
+            ActivationFormat::ForBf16 if multiplies_bfloats => Layout::Pairs,
+            _ => Layout::Groups,
         }
     }
 
-    fn is_quantized(self) -> bool {
+    fn in_force(format: ActivationFormat) -> Layout {
+        Layout::of(format, isa::has_matrix_tiles(), isa::multiplies_bfloats())
+    }
+}
+
+impl ActivationFormat {
+    pub const ALL: [ActivationFormat; 5] = [
+        ActivationFormat::Q8Per32,
+        ActivationFormat::Q8Per256,
+        ActivationFormat::Float,
+        ActivationFormat::ForF16,
+        ActivationFormat::ForBf16,
+    ];
+
+    fn run_len(self) -> usize {
+        match self {
+            ActivationFormat::Q8Per32 => 32,
+            _ => 256,
+        }
+    }
+
+    pub fn is_quantized(self) -> bool {
         matches!(self, ActivationFormat::Q8Per32 | ActivationFormat::Q8Per256)
     }
 
     /// Tokens of a block in panels.
-    fn tokens_a_block(self, for_matrix_tiles: bool) -> usize {
-        match (self, for_matrix_tiles) {
-            (_, false) | (ActivationFormat::Float, _) => GROUP,
-            (ActivationFormat::Bfloats, true) => HALF_TOKENS,
-            (_, true) => MATRIX_TOKENS,
+    fn tokens_a_block(self, layout: Layout) -> usize {
+        match (layout, self.is_quantized()) {
+            (Layout::Groups | Layout::Pairs, _) => GROUP,
+            (Layout::Tiles, false) => HALF_TOKENS,
+            (Layout::Tiles, true) => MATRIX_TOKENS,
         }
     }
 }
@@ -66,8 +103,7 @@ const _: () = assert!(TOKENS_STEP.is_multiple_of(GROUP) && TOKENS_STEP.is_multip
 #[derive(Debug)]
 pub struct Activations {
     format: ActivationFormat,
-    /// Many tokens become `MatrixBlock`s or `BfloatBlock`s.
-    for_matrix_tiles: bool,
+    layout: Layout,
     n_tokens: usize,
     cols: usize,
     padded: usize,
@@ -81,6 +117,7 @@ pub struct Activations {
     float_blocks: Vec<FloatBlock>,
     matrix_blocks: Vec<MatrixBlock>,
     bfloat_blocks: Vec<BfloatBlock>,
+    pair_blocks: Vec<PairBlock>,
 }
 
 /// One token's row.
@@ -108,18 +145,18 @@ thread_local! {
 impl Activations {
     /// For the kernels of the ISA in force.
     pub fn new(format: ActivationFormat) -> Activations {
-        Activations::with(format, format != ActivationFormat::Float && isa::has_matrix_tiles())
+        Activations::with(format, Layout::in_force(format))
     }
 
     /// For a kernel of the caller's choice (tests and benches).
     pub fn for_kernel(kernel: &dyn MatmulKernel) -> Activations {
-        Activations::with(kernel.activation(), kernel.uses_matrix_tiles())
+        Activations::with(kernel.activation(), kernel.layout())
     }
 
-    fn with(format: ActivationFormat, for_matrix_tiles: bool) -> Activations {
+    fn with(format: ActivationFormat, layout: Layout) -> Activations {
         Activations {
             format,
-            for_matrix_tiles,
+            layout,
             n_tokens: 0,
             cols: 0,
             padded: 0,
@@ -132,12 +169,13 @@ impl Activations {
             float_blocks: Vec::new(),
             matrix_blocks: Vec::new(),
             bfloat_blocks: Vec::new(),
+            pair_blocks: Vec::new(),
         }
     }
 
     /// Whether `kernel` reads what is, or would be, stored here.
     pub fn are_for(&self, kernel: &dyn MatmulKernel) -> bool {
-        kernel.activation() == self.format && kernel.uses_matrix_tiles() == self.for_matrix_tiles
+        kernel.activation() == self.format && kernel.layout() == self.layout
     }
 
     pub fn format(&self) -> ActivationFormat {
@@ -157,25 +195,30 @@ impl Activations {
         self.n_tokens >= PANEL_MIN_TOKENS
     }
 
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// True if the panels are blocks for matrix tiles.
     pub(super) fn in_matrix_tiles(&self) -> bool {
-        self.for_matrix_tiles && self.in_panels()
+        self.layout == Layout::Tiles && self.in_panels()
     }
 
     fn n_groups(&self) -> usize {
-        self.n_tokens.div_ceil(self.format.tokens_a_block(self.for_matrix_tiles))
+        self.n_tokens.div_ceil(self.format.tokens_a_block(self.layout))
     }
 
     /// Bytes that such a batch takes: what a planner counts.
     pub fn bytes_for(format: ActivationFormat, n_tokens: usize, cols: usize) -> usize {
-        let tiles = isa::has_matrix_tiles();
-        let a_block = match (format, tiles) {
-            (ActivationFormat::Bfloats, true) => size_of::<BfloatBlock>(),
-            (ActivationFormat::Float | ActivationFormat::Bfloats, _) => size_of::<FloatBlock>(),
-            (_, true) => size_of::<MatrixBlock>(),
-            (_, false) => size_of::<QuantizedBlock>(),
+        let layout = Layout::in_force(format);
+        let a_block = match (layout, format.is_quantized()) {
+            (Layout::Tiles, true) => size_of::<MatrixBlock>(),
+            (Layout::Tiles, false) => size_of::<BfloatBlock>(),
+            (Layout::Pairs, _) => size_of::<PairBlock>(),
+            (Layout::Groups, true) => size_of::<QuantizedBlock>(),
+            (Layout::Groups, false) => size_of::<FloatBlock>(),
         };
-        cols.div_ceil(SLAB) * n_tokens.div_ceil(format.tokens_a_block(tiles)) * a_block
+        cols.div_ceil(SLAB) * n_tokens.div_ceil(format.tokens_a_block(layout)) * a_block
     }
 
     /// Replaces the contents with `x`, rows of `cols` values.
@@ -194,11 +237,12 @@ impl Activations {
         }
         // A task makes one group's column of blocks.
         let f = Fill { format: self.format, n_tokens, cols, groups: self.n_groups() };
-        match (f.format, self.for_matrix_tiles) {
-            (ActivationFormat::Bfloats, true) => f.by_group(&mut self.bfloat_blocks, pool, produce),
-            (ActivationFormat::Float | ActivationFormat::Bfloats, _) => f.by_group(&mut self.float_blocks, pool, produce),
-            (_, true) => f.by_group(&mut self.matrix_blocks, pool, produce),
-            (_, false) => f.by_group(&mut self.blocks, pool, produce),
+        match (self.layout, f.format.is_quantized()) {
+            (Layout::Tiles, true) => f.by_group(&mut self.matrix_blocks, pool, produce),
+            (Layout::Tiles, false) => f.by_group(&mut self.bfloat_blocks, pool, produce),
+            (Layout::Pairs, _) => f.by_group(&mut self.pair_blocks, pool, produce),
+            (Layout::Groups, true) => f.by_group(&mut self.blocks, pool, produce),
+            (Layout::Groups, false) => f.by_group(&mut self.float_blocks, pool, produce),
         }
     }
 
@@ -212,13 +256,12 @@ impl Activations {
         self.set_shape(n_tokens, cols);
         assert!(self.in_panels() && (tokens_a_task >= n_tokens || tokens_a_task.is_multiple_of(TOKENS_STEP)));
         let f = Fill { format: self.format, n_tokens, cols, groups: self.n_groups() };
-        match (f.format, self.for_matrix_tiles) {
-            (ActivationFormat::Bfloats, true) => f.by_slab(&mut self.bfloat_blocks, pool, tokens_a_task, prepare, produce),
-            (ActivationFormat::Float | ActivationFormat::Bfloats, _) => {
-                f.by_slab(&mut self.float_blocks, pool, tokens_a_task, prepare, produce)
-            }
-            (_, true) => f.by_slab(&mut self.matrix_blocks, pool, tokens_a_task, prepare, produce),
-            (_, false) => f.by_slab(&mut self.blocks, pool, tokens_a_task, prepare, produce),
+        match (self.layout, f.format.is_quantized()) {
+            (Layout::Tiles, true) => f.by_slab(&mut self.matrix_blocks, pool, tokens_a_task, prepare, produce),
+            (Layout::Tiles, false) => f.by_slab(&mut self.bfloat_blocks, pool, tokens_a_task, prepare, produce),
+            (Layout::Pairs, _) => f.by_slab(&mut self.pair_blocks, pool, tokens_a_task, prepare, produce),
+            (Layout::Groups, true) => f.by_slab(&mut self.blocks, pool, tokens_a_task, prepare, produce),
+            (Layout::Groups, false) => f.by_slab(&mut self.float_blocks, pool, tokens_a_task, prepare, produce),
         }
     }
 
@@ -278,27 +321,36 @@ impl Activations {
         &self.bfloat_blocks[slab * n..(slab + 1) * n]
     }
 
+    pub(super) fn pair_slab(&self, slab: usize) -> &[PairBlock] {
+        let n = self.n_groups();
+        &self.pair_blocks[slab * n..(slab + 1) * n]
+    }
+
     /// What the integers stand for: the values a kernel really multiplies with.
     pub fn dequantized(&self, t: usize) -> Vec<f32> {
         let (g, t_in) = (t / GROUP, t % GROUP);
-        let value = |i: usize| match (self.in_panels(), self.format) {
-            (true, ActivationFormat::Bfloats) if self.for_matrix_tiles => {
-                let block = &self.bfloat_slab(i / SLAB)[t / HALF_TOKENS];
-                block.x[i % SLAB / 32][t % HALF_TOKENS / MATRIX_TOKENS].value(t % MATRIX_TOKENS, i % 32)
-            }
-            (true, ActivationFormat::Float | ActivationFormat::Bfloats) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
-            (true, _) if self.for_matrix_tiles => {
+        let in_rows = |i: usize| match self.format.is_quantized() {
+            true => self.row(t).d[i / self.format.run_len()] * f32::from(self.row(t).q[i] as i8),
+            false => self.row(t).x[i],
+        };
+        let in_panels = |i: usize| match (self.layout, self.format.is_quantized()) {
+            (Layout::Tiles, true) => {
                 let (b, t) = (&self.matrix_slab(i / SLAB)[t / MATRIX_TOKENS], t % MATRIX_TOKENS);
                 let value = |q: &MatrixQuants| f32::from(q[i % SLAB / 64][t][i % 64]);
                 b.d[i % SLAB / 32][t] * value(&b.q.high) + b.d_low[t] * value(&b.q.low)
             }
-            (true, f) => {
-                let b = &self.slab(i / SLAB)[g];
-                b.d[i % SLAB / f.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
+            (Layout::Tiles, false) => {
+                let block = &self.bfloat_slab(i / SLAB)[t / HALF_TOKENS];
+                block.x[i % SLAB / 32][t % HALF_TOKENS / MATRIX_TOKENS].value(t % MATRIX_TOKENS, i % 32)
             }
-            (false, ActivationFormat::Float | ActivationFormat::Bfloats) => self.row(t).x[i],
-            (false, f) => self.row(t).d[i / f.run_len()] * f32::from(self.row(t).q[i] as i8),
+            (Layout::Pairs, _) => f32::from_bits(self.pair_slab(i / SLAB)[g].x[i % SLAB / 2][t_in] >> (16 * (i % 2)) << 16),
+            (Layout::Groups, true) => {
+                let b = &self.slab(i / SLAB)[g];
+                b.d[i % SLAB / self.format.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
+            }
+            (Layout::Groups, false) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
         };
+        let value = |i| if self.in_panels() { in_panels(i) } else { in_rows(i) };
         (0..self.cols).map(value).collect()
     }
 }

@@ -9,6 +9,7 @@ use gguf::blocks::{self, Codec};
 /// A format of two bytes.
 pub trait HalfFormat: Send + Sync + 'static {
     type Codec: Codec;
+    const ACTIVATION: ActivationFormat;
     /// Bfloats that make one up.
     const PARTS: usize;
 
@@ -21,6 +22,7 @@ pub struct F16;
 
 impl HalfFormat for F16 {
     type Codec = blocks::plain::F16;
+    const ACTIVATION: ActivationFormat = ActivationFormat::ForF16;
     const PARTS: usize = 2;
 
     #[inline(always)]
@@ -41,6 +43,7 @@ pub struct Bf16;
 
 impl HalfFormat for Bf16 {
     type Codec = blocks::plain::Bf16;
+    const ACTIVATION: ActivationFormat = ActivationFormat::ForBf16;
     const PARTS: usize = 1;
 
     #[inline(always)]
@@ -58,7 +61,7 @@ impl HalfFormat for Bf16 {
 pub struct Dot<F>(std::marker::PhantomData<fn() -> F>);
 
 impl<F: HalfFormat> WeightDot for Dot<F> {
-    const ACTIVATION: ActivationFormat = ActivationFormat::Bfloats;
+    const ACTIVATION: ActivationFormat = F::ACTIVATION;
     // Float rounding of a sum of up to 2^16 products, 16 lanes wide.
     const TOLERANCE: f32 = 4e-6;
     // What F16 leaves out, small parts by small ones, is below 2^-17.

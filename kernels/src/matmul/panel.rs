@@ -23,7 +23,7 @@ pub mod halves;
 pub mod integer_scales;
 pub mod matrix;
 
-use super::activation::Activations;
+use super::activation::{Activations, Layout};
 use crate::isa::{GROUP, Isa, Lanes, Sums, TileShape, TokenDwords, TokenInts, each};
 use crate::threads::Tile;
 use gguf::blocks::Codec;
@@ -31,7 +31,7 @@ use std::cell::RefCell;
 
 pub use float_scales::FloatScales;
 pub use floats::{FloatBlock, Floats};
-pub use halves::{BfloatBlock, Halves};
+pub use halves::{BfloatBlock, Halves, PairBlock};
 pub use integer_scales::IntegerScales;
 pub use matrix::{MatrixBlock, MatrixPanel};
 
@@ -117,6 +117,8 @@ pub trait Panel: Sized {
     type Tokens;
     /// What it becomes for matrix tiles.
     type Matrix: MatrixPanel<From = Self>;
+    /// How it meets tokens in pairs of bfloats.
+    type Pairs: Multiply<Self>;
     const EMPTY: Self;
 
     /// All groups of a slab.
@@ -137,6 +139,55 @@ pub trait Panel: Sized {
     );
 }
 
+/// How panels of a family meet tokens of a layout.
+pub trait Multiply<P> {
+    /// False for what never happens.
+    const EXISTS: bool = true;
+    /// What is kept of a group of tokens.
+    type Tokens;
+
+    fn tokens(acts: &Activations, slab: usize) -> &[Self::Tokens];
+    fn arrange<I: Isa>(panel: &mut P, isa: I);
+    /// As [`Panel::multiply`].
+    fn multiply<I: Isa, W: PanelWeights<Panel = P>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[P; R],
+        x: &Self::Tokens,
+        first: usize,
+        c: &mut [Sums],
+        next: &mut Upcoming,
+    );
+}
+
+/// By the panel's own methods; as `Panel::Pairs`, of families that never meet pairs.
+pub struct AsPanel;
+
+impl<P: Panel> Multiply<P> for AsPanel {
+    const EXISTS: bool = false;
+    type Tokens = P::Tokens;
+
+    fn tokens(acts: &Activations, slab: usize) -> &[P::Tokens] {
+        P::tokens(acts, slab)
+    }
+
+    #[inline(always)]
+    fn arrange<I: Isa>(panel: &mut P, isa: I) {
+        panel.arrange(isa);
+    }
+
+    #[inline(always)]
+    fn multiply<I: Isa, W: PanelWeights<Panel = P>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[P; R],
+        x: &P::Tokens,
+        first: usize,
+        c: &mut [Sums],
+        next: &mut Upcoming,
+    ) {
+        P::multiply::<I, W, R, T>(isa, panels, x, first, c, next);
+    }
+}
+
 thread_local! {
     static C: RefCell<Vec<Sums>> = const { RefCell::new(Vec::new()) };
 }
@@ -150,17 +201,22 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
     if acts.in_matrix_tiles() {
         return matrix::run::<I, W>(isa, weights, row_bytes, acts, tile);
     }
+    if I::MAY_MULTIPLY_BFLOATS && <W::Panel as Panel>::Pairs::EXISTS && acts.layout() == Layout::Pairs {
+        return run_tiles::<I, W, <W::Panel as Panel>::Pairs, 4, 3, 2>(isa, weights, row_bytes, acts, tile);
+    }
     match I::TILE {
         // Four panels of floats are more than L1.
-        TileShape::FourByThree if size_of::<W::Panel>() > 8 << 10 => run_tiles::<I, W, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile),
-        TileShape::FourByThree => run_tiles::<I, W, 4, 3, 2>(isa, weights, row_bytes, acts, tile),
-        TileShape::OneBySix => run_tiles::<I, W, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
-        TileShape::OneByThree => run_tiles::<I, W, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
+        TileShape::FourByThree if size_of::<W::Panel>() > 8 << 10 => {
+            run_tiles::<I, W, AsPanel, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile)
+        }
+        TileShape::FourByThree => run_tiles::<I, W, AsPanel, 4, 3, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneBySix => run_tiles::<I, W, AsPanel, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneByThree => run_tiles::<I, W, AsPanel, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
     }
 }
 
 #[inline(always)]
-fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMALL: usize>(
+fn run_tiles<I: Isa, W: PanelWeights, M: Multiply<W::Panel>, const R: usize, const T: usize, const SMALL: usize>(
     isa: I,
     weights: &[u8],
     row_bytes: usize,
@@ -181,14 +237,14 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
         for slab in 0..slabs {
             for (r, panel) in panels.iter_mut().enumerate() {
                 unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
-                panel.arrange(isa);
+                M::arrange(panel, isa);
             }
             // What will be unpacked next: these rows' next slab, or the first of the rows after them.
             let (row, from) = if slab + 1 < slabs { (first, (slab + 1) * slab_bytes) } else { (first + R * LANES, 0) };
             let mut ahead =
                 Lines::new(weights.as_ptr().wrapping_add(row * row_bytes + from), R * LANES, slab_bytes.div_ceil(64), row_bytes);
             let pairs_a_group = (ahead.left / 2).div_ceil(groups.len());
-            let activations = &W::Panel::tokens(acts, slab)[groups.clone()];
+            let activations = &M::tokens(acts, slab)[groups.clone()];
             for ((group, x), c) in groups.clone().zip(activations).zip(c.chunks_exact_mut(R * GROUP)) {
                 for _ in 0..pairs_a_group {
                     ahead.prefetch_two(isa);
@@ -199,10 +255,10 @@ fn run_tiles<I: Isa, W: PanelWeights, const R: usize, const T: usize, const SMAL
                 let mut from = 0;
                 while from < n {
                     if from + T <= GROUP && from + T < n + SMALL {
-                        W::Panel::multiply::<I, W, R, T>(isa, &panels, x, from, c, &mut next);
+                        M::multiply::<I, W, R, T>(isa, &panels, x, from, c, &mut next);
                         from += T;
                     } else {
-                        W::Panel::multiply::<I, W, R, SMALL>(isa, &panels, x, from, c, &mut next);
+                        M::multiply::<I, W, R, SMALL>(isa, &panels, x, from, c, &mut next);
                         from += SMALL;
                     }
                 }

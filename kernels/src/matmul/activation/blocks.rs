@@ -1,9 +1,9 @@
 //! Blocks of a panel, filled token by token.
 
 use super::ActivationFormat;
-use crate::isa::{GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, each};
+use crate::isa::{GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, each, nearest_bfloat};
 use crate::matmul::panel::matrix::LOW_UNITS;
-use crate::matmul::panel::{BfloatBlock, FloatBlock, MatrixBlock, QuantizedBlock, SLAB, pair};
+use crate::matmul::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB, pair};
 
 /// 1.5 · 2^23: adding it rounds to an integer.
 const MAGIC: f32 = 12_582_912.0;
@@ -78,6 +78,20 @@ impl PanelBlock for BfloatBlock {
         whole[..x.len()].copy_from_slice(x);
         for (out, x) in self.x.iter_mut().zip(whole.as_chunks::<32>().0) {
             out[t / MATRIX_TOKENS].put_row(t % MATRIX_TOKENS, x);
+        }
+    }
+}
+
+impl PanelBlock for PairBlock {
+    const EMPTY: Self = PairBlock::EMPTY;
+    const TOKENS: usize = GROUP;
+
+    #[inline(always)]
+    fn put<I: Isa>(&mut self, _: I, t: usize, x: &[f32], _: ActivationFormat) {
+        let mut whole = [0.0; SLAB];
+        whole[..x.len()].copy_from_slice(x);
+        for (out, x) in self.x.iter_mut().zip(whole.as_chunks::<2>().0) {
+            out[t] = nearest_bfloat(x[0]) >> 16 | nearest_bfloat(x[1]);
         }
     }
 }

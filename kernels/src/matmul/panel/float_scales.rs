@@ -8,7 +8,7 @@
 //! ```
 
 use super::matrix::{PANELS, prefetch_start, prefetch_sums};
-use super::{LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use super::{AsPanel, LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
 use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, each};
 use crate::matmul::activation::Activations;
 
@@ -22,6 +22,7 @@ pub struct FloatScales {
 impl Panel for FloatScales {
     type Tokens = QuantizedBlock;
     type Matrix = SignedBytes;
+    type Pairs = AsPanel;
     const EMPTY: Self = FloatScales { q: [[0; LANES]; STEPS], d: [[0.0; LANES]; 8], m: [[0.0; LANES]; 8] };
 
     fn tokens(acts: &Activations, slab: usize) -> &[QuantizedBlock] {

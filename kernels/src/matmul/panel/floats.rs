@@ -1,7 +1,7 @@
 //! The tile of types that are decoded to floats: F32, and any type in its decode-then-dot row.
 
 use super::matrix::NoMatrix;
-use super::{LANES, Panel, PanelWeights, SLAB, Upcoming};
+use super::{AsPanel, LANES, Panel, PanelWeights, SLAB, Upcoming};
 use crate::isa::{GROUP, Isa, Sums, each};
 use crate::matmul::activation::Activations;
 
@@ -24,6 +24,7 @@ pub struct Floats {
 impl Panel for Floats {
     type Tokens = FloatBlock;
     type Matrix = NoMatrix<Floats>;
+    type Pairs = AsPanel;
     const EMPTY: Self = Floats { w: [[0.0; LANES]; SLAB] };
 
     fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {

@@ -3,8 +3,8 @@
 
 use super::floats::multiply_floats;
 use super::matrix::{MatrixPanel, PANELS};
-use super::{FloatBlock, LANES, Panel, PanelWeights, SLAB, Upcoming};
-use crate::isa::{Bfloats, HALF_TOKENS, Isa, Lanes, MatrixDepth, Sums, each};
+use super::{FloatBlock, LANES, Multiply, Panel, PanelWeights, SLAB, Upcoming};
+use crate::isa::{Bfloats, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, Sums, each};
 use crate::matmul::activation::Activations;
 use crate::matmul::half::HalfFormat;
 
@@ -20,6 +20,7 @@ pub struct Halves<F> {
 impl<F: HalfFormat> Panel for Halves<F> {
     type Tokens = FloatBlock;
     type Matrix = BfloatPanel<F>;
+    type Pairs = Self;
     const EMPTY: Self = Halves { pairs: [[0; LANES]; SLAB / 2], w: [[0.0; LANES]; SLAB], format: std::marker::PhantomData };
 
     fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {
@@ -43,6 +44,42 @@ impl<F: HalfFormat> Panel for Halves<F> {
         next: &mut Upcoming,
     ) {
         multiply_floats::<I, R, T>(isa, each!(R, |r| &panels[r].w), x, first, c, next);
+    }
+}
+
+/// 256 columns of a group of tokens, rounded to bfloats, two neighbours in a dword.
+#[derive(Debug, Clone)]
+pub struct PairBlock {
+    pub x: [[u32; GROUP]; SLAB / 2],
+}
+
+impl PairBlock {
+    pub const EMPTY: PairBlock = PairBlock { x: [[0; GROUP]; SLAB / 2] };
+}
+
+/// Pairs of columns, which BF16 has as they are.
+impl<F: HalfFormat> Multiply<Self> for Halves<F> {
+    type Tokens = PairBlock;
+
+    fn tokens(acts: &Activations, slab: usize) -> &[PairBlock] {
+        acts.pair_slab(slab)
+    }
+
+    #[inline(always)]
+    fn arrange<I: Isa>(_: &mut Self, _: I) {}
+
+    #[inline(always)]
+    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
+        isa: I,
+        panels: &[Self; R],
+        x: &PairBlock,
+        first: usize,
+        c: &mut [Sums],
+        next: &mut Upcoming,
+    ) {
+        let mut sum = [[isa.zero_float(); T]; R];
+        isa.bfloat_dots(&mut sum, each!(R, |r| &panels[r].pairs[..]), &x.x, first, || next.prefetch(isa));
+        super::add_to(isa, &sum, first, c);
     }
 }
 

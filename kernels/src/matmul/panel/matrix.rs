@@ -100,8 +100,6 @@ pub trait MatrixPanel: Sized {
     type Sums;
     const EMPTY: Self;
     const NO_SUMS: Self::Sums;
-    /// False for families that never meet matrix tiles.
-    const EXISTS: bool = true;
     /// Tokens of a block.
     const TOKENS: usize = MATRIX_TOKENS;
     const DEPTH: MatrixDepth;
@@ -208,7 +206,6 @@ impl<P: Panel<Matrix = Self>> MatrixPanel for NoMatrix<P> {
     type Sums = ();
     const EMPTY: Self = NoMatrix(std::marker::PhantomData);
     const NO_SUMS: () = ();
-    const EXISTS: bool = false;
     const DEPTH: MatrixDepth = MatrixDepth::Columns64;
     const A_STEP: usize = 1;
 
