@@ -6,69 +6,23 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
+mod bfloat_dots;
+mod dpwssd;
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, amx,
-    isa_token,
+    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, TokenInts,
+    amx, isa_token,
 };
+use bfloat_dots::bfloat_dots;
+use dpwssd::dpwssd;
 use four_steps::four_steps;
-use std::arch::asm;
 use std::arch::x86_64::*;
 
 isa_token!(Avx512<const AMX: bool>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"], flagged: []);
 
 pub type Avx512Vnni = Avx512<false>;
 pub type Amx = Avx512<true>;
-
-/// acc + a₀·b₀ + a₁·b₁ of 16-bit halves. Not the intrinsic, which the compiler
-/// turns into a multiply and an add to shorten a chain: two instructions,
-/// where the ports that run them are the limit (4 % of a Q4_K tile).
-///
-/// # Safety
-/// The CPU has AVX-512 VNNI.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn dpwssd(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-    // SAFETY: the instruction exists, by this function's contract; registers only.
-    unsafe {
-        asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) acc, in(zmm_reg) a, in(zmm_reg) b, options(pure, nomem, nostack, preserves_flags));
-    }
-    acc
-}
-
-/// [`Isa::bfloat_dots`].
-///
-/// # Safety
-/// The CPU has AVX-512 BF16.
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn bfloat_dots<const R: usize, const T: usize>(
-    sum: &mut [[__m512; T]; R],
-    w: [&[Lanes]; R],
-    x: &[[u32; GROUP]],
-    tokens: usize,
-    mut each_8: impl FnMut(),
-) {
-    let mut acc = *sum;
-    for (eight, x) in x.as_chunks::<8>().0.iter().enumerate() {
-        each_8();
-        let w: [&[Lanes; 8]; R] = each!(R, |r| w[r][8 * eight..].first_chunk().expect("eight steps"));
-        for (step, x) in x.iter().enumerate() {
-            // SAFETY: 64 readable bytes, by the type; the rest are registers.
-            unsafe {
-                let w: [__m512bh; R] =
-                    each!(R, |r| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w[r][step].as_ptr().cast())));
-                for t in 0..T {
-                    let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x[tokens + t] as i32));
-                    for r in 0..R {
-                        acc[r][t] = _mm512_dpbf16_ps(acc[r][t], w[r], x);
-                    }
-                }
-            }
-        }
-    }
-    *sum = acc;
-}
 
 impl<const AMX: bool> Isa for Avx512<AMX> {
     const NAME: &'static str = if AMX { "amx" } else { "avx512vnni" };
