@@ -318,6 +318,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) {
         unreachable!("this row does not multiply bfloats")
     }
+    /// `v`, of which the optimiser then knows nothing: for measuring.
+    fn opaque(self, v: Self::Bytes) -> Self::Bytes;
     /// Brings a line near; any address will do, and results do not depend on it.
     fn prefetch(self, at: *const u8);
 }

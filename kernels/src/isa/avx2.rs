@@ -7,6 +7,7 @@
 //! loads read exactly the array they are given.
 
 use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 isa_token!(Ymm<const VNNI: bool>, ["avx2", "fma", "f16c"], flagged: ["avxvnni"]);
@@ -19,6 +20,18 @@ type Pair = [__m256i; 2];
 #[inline(always)]
 fn both(a: Pair, f: impl Fn(__m256i) -> __m256i) -> Pair {
     [f(a[0]), f(a[1])]
+}
+
+/// `v`, as if computed.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn opaque(mut v: __m256i) -> __m256i {
+    // SAFETY: no instruction.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) }
+    v
 }
 
 /// Groups of four u8 × i8 products. `u` < 128, so that the 16-bit pair sums
@@ -487,6 +500,12 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
                 acc[r][t] = self.dot_pairs(acc[r][t], pair, scale[r]);
             }
         }
+    }
+
+    #[inline(always)]
+    fn opaque(self, v: Pair) -> Pair {
+        // SAFETY: AVX, by the token.
+        both(v, |v| unsafe { opaque(v) })
     }
 
     #[inline(always)]

@@ -11,8 +11,8 @@ mod dpwssd;
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, TokenInts,
-    amx, isa_token,
+    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, amx,
+    isa_token,
 };
 use bfloat_dots::bfloat_dots;
 use dpwssd::dpwssd;
@@ -537,6 +537,12 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         assert!(self.multiplies_bfloats());
         // SAFETY: AVX-512 BF16, as just asserted; all else by the token.
         unsafe { bfloat_dots(sum, w, x, tokens, each_8) }
+    }
+
+    #[inline(always)]
+    fn opaque(self, v: __m512i) -> __m512i {
+        // A dot is one instruction, of which nothing can be done ahead.
+        v
     }
 
     #[inline(always)]

@@ -257,5 +257,10 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn opaque(self, v: [u8; 64]) -> [u8; 64] {
+        std::hint::black_box(v)
+    }
+
+    #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
 }
