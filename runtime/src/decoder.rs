@@ -10,7 +10,7 @@ use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
 use kernels::matmul::activation::PANEL_MIN_TOKENS;
 use kernels::vecmath::{self, RopeTable};
-use kernels::{Observer, Pool};
+use kernels::{ActivationFormat, Observer, Pool};
 use std::sync::Mutex;
 
 /// Tokens that pass through the layers together.
@@ -73,11 +73,11 @@ impl Scratch {
         per_token.map(|n| n as usize * batch)
     }
 
-    /// Bytes that decoding with batches of `batch` tokens takes beside weights and KV cache.
-    pub fn bytes(h: &Hparams, batch: usize) -> u64 {
+    /// Bytes that decoding with batches of `batch` tokens takes beside weights, which ask for `formats`, and KV cache.
+    pub fn bytes(h: &Hparams, formats: &[ActivationFormat], batch: usize) -> u64 {
         let floats: usize = Self::lengths(h, batch).iter().sum();
         let widest = h.hidden.max(h.dim(Dim::AttnOut)).max(h.ffn).max(h.expert_ffn) as usize;
-        let quantized = Quantized::bytes(batch, widest, if h.n_experts > 0 { h.expert_ffn } else { h.ffn } as usize);
+        let quantized = Quantized::bytes(formats, batch, widest, if h.n_experts > 0 { h.expert_ffn } else { h.ffn } as usize);
         (floats * 4 + quantized) as u64 + h.vocab * 4
     }
 

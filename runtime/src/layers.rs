@@ -40,9 +40,10 @@ impl Quantized {
         Quantized { inputs: Formats::new(), gated: Formats::new(), observed: Vec::new() }
     }
 
-    /// Bytes for batches of `batch` tokens, matrices' inputs being `widest` values at most, those of a gated network's second half `ffn`.
-    pub fn bytes(batch: usize, widest: usize, ffn: usize) -> usize {
-        let bytes = |cols: usize| ActivationFormat::ALL.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
+    /// Bytes for batches of `batch` tokens in some formats, matrices' inputs being `widest` values at most, those of a gated
+    /// network's second half `ffn`.
+    pub fn bytes(formats: &[ActivationFormat], batch: usize, widest: usize, ffn: usize) -> usize {
+        let bytes = |cols: usize| formats.iter().map(|f| Activations::bytes_for(*f, batch, cols)).sum::<usize>();
         bytes(widest) + bytes(ffn)
     }
 

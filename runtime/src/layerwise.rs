@@ -13,7 +13,7 @@ use crate::kv_cache::{KvCache, KvType};
 use crate::layers::{attention, feed_forward};
 use crate::model::{FeedForwardWeights, Layer, Model, Weight};
 use kernels::vecmath::{self, RopeTable};
-use kernels::{Observer, Pool};
+use kernels::{ActivationFormat, Observer, Pool};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -137,7 +137,9 @@ impl<'m> Layerwise<'m> {
     pub fn memory_bytes(h: &gguf::Hparams, context: usize) -> u64 {
         let widest = h.hidden.max(h.ffn).max(h.expert_ffn);
         let kv = KvType::F16.bytes(h.n_kv_heads * (h.head_dim + h.value_dim) * context as u64);
-        Scratch::bytes(h, context.min(BATCH)) + kv + (context as u64 * h.hidden * 2 + context.min(BATCH) as u64 * widest) * 4
+        Scratch::bytes(h, &ActivationFormat::ALL, context.min(BATCH))
+            + kv
+            + (context as u64 * h.hidden * 2 + context.min(BATCH) as u64 * widest) * 4
     }
 
     /// The whole model: every layer, then the head. `complete` is called when all windows have passed one.

@@ -7,6 +7,7 @@ use crate::gpu::{self, Split};
 use crate::kv_cache::KvType;
 use gguf::limits::MAX_CONTEXT;
 use gguf::{Hparams, TensorInfo};
+use kernels::{ActivationFormat, matmul};
 
 #[derive(Debug, Clone)]
 pub struct Device {
@@ -93,13 +94,19 @@ struct Model<'a> {
 }
 
 impl Model<'_> {
+    /// What the matrices want their inputs in.
+    fn formats(&self) -> Vec<ActivationFormat> {
+        let asks = |t: &TensorInfo, f| t.dims().len() > 1 && matmul::choose(t.block()).is_ok_and(|k| k.activation() == f);
+        ActivationFormat::ALL.into_iter().filter(|f| self.tensors.iter().any(|t| asks(t, *f))).collect()
+    }
+
     fn cpu(&self, ctx: u64) -> Device {
         Device {
             name: "cpu".into(),
             budget: self.request.ram,
             weights: self.tensors.iter().map(TensorInfo::n_bytes).sum(),
             kv: self.request.kv.bytes(self.h.kv_elements_per_token()) * ctx,
-            scratch: Scratch::bytes(self.h, BATCH) + PROCESS,
+            scratch: Scratch::bytes(self.h, &self.formats(), BATCH) + PROCESS,
         }
     }
 
@@ -120,7 +127,7 @@ impl Model<'_> {
             budget: r.ram,
             weights: gpu::host_bytes(h, self.tensors, split),
             kv: r.kv.bytes(h.kv_elements_per_token() / h.n_layers) * split.on_host as u64 * ctx,
-            scratch: PROCESS + if host_runs { Scratch::bytes(h, BATCH) } else { 0 },
+            scratch: PROCESS + if host_runs { Scratch::bytes(h, &self.formats(), BATCH) } else { 0 },
         };
         Ok(vec![gpu, host])
     }
