@@ -89,7 +89,7 @@ impl Bfloats {
     }
 }
 
-/// In the upper half.
+/// The bfloat nearest x, in the upper half.
 #[inline(always)]
 pub fn nearest_bfloat(x: f32) -> u32 {
     x.to_bits().wrapping_add(0x8000) & 0xffff_0000

@@ -35,7 +35,7 @@ pub enum ActivationFormat {
     ForBf16,
 }
 
-/// How many tokens lie.
+/// How a batch of many tokens lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// [`GROUP`] tokens interleaved.

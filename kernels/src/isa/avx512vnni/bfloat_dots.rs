@@ -3,7 +3,7 @@
 use super::super::{GROUP, Lanes};
 use std::arch::x86_64::*;
 
-/// [`Isa::bfloat_dots`].
+/// [`super::super::Isa::bfloat_dots`].
 ///
 /// # Safety
 /// The CPU has AVX-512 BF16.
