@@ -111,44 +111,29 @@ pub trait PanelWeights: Send + Sync + 'static {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], panel: &mut Self::Panel);
 }
 
-/// What a family keeps of 16 rows of a slab, and how it multiplies.
-pub trait Panel: Sized {
-    /// What it keeps of a group of tokens.
-    type Tokens;
+/// What a family keeps of 16 rows of a slab; itself how it multiplies tokens in groups.
+pub trait Panel: Multiply<Self> + Sized {
     /// What it becomes for matrix tiles.
     type Matrix: MatrixPanel<From = Self>;
-    /// How it meets tokens in pairs of bfloats.
+    /// How it multiplies tokens in pairs of bfloats, if it ever meets them.
     type Pairs: Multiply<Self>;
+    const MEETS_PAIRS: bool = false;
     const EMPTY: Self;
+}
+
+/// How panels multiply tokens of a layout.
+pub trait Multiply<P> {
+    /// What is kept of a group of tokens.
+    type Tokens;
 
     /// All groups of a slab.
     fn tokens(acts: &Activations, slab: usize) -> &[Self::Tokens];
 
     /// Puts what was unpacked in the order that `multiply` reads.
     #[inline(always)]
-    fn arrange<I: Isa>(&mut self, _isa: I) {}
+    fn arrange<I: Isa>(_panel: &mut P, _isa: I) {}
 
     /// C (R × GROUP rows of 16 lanes), its tokens `first..first + T`, += panels · activations.
-    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
-        isa: I,
-        panels: &[Self; R],
-        x: &Self::Tokens,
-        first: usize,
-        c: &mut [Sums],
-        next: &mut Upcoming,
-    );
-}
-
-/// How panels of a family meet tokens of a layout.
-pub trait Multiply<P> {
-    /// False for what never happens.
-    const EXISTS: bool = true;
-    /// What is kept of a group of tokens.
-    type Tokens;
-
-    fn tokens(acts: &Activations, slab: usize) -> &[Self::Tokens];
-    fn arrange<I: Isa>(panel: &mut P, isa: I);
-    /// As [`Panel::multiply`].
     fn multiply<I: Isa, W: PanelWeights<Panel = P>, const R: usize, const T: usize>(
         isa: I,
         panels: &[P; R],
@@ -157,35 +142,6 @@ pub trait Multiply<P> {
         c: &mut [Sums],
         next: &mut Upcoming,
     );
-}
-
-/// By the panel's own methods; as `Panel::Pairs`, of families that never meet pairs.
-pub struct AsPanel;
-
-impl<P: Panel> Multiply<P> for AsPanel {
-    const EXISTS: bool = false;
-    type Tokens = P::Tokens;
-
-    fn tokens(acts: &Activations, slab: usize) -> &[P::Tokens] {
-        P::tokens(acts, slab)
-    }
-
-    #[inline(always)]
-    fn arrange<I: Isa>(panel: &mut P, isa: I) {
-        panel.arrange(isa);
-    }
-
-    #[inline(always)]
-    fn multiply<I: Isa, W: PanelWeights<Panel = P>, const R: usize, const T: usize>(
-        isa: I,
-        panels: &[P; R],
-        x: &P::Tokens,
-        first: usize,
-        c: &mut [Sums],
-        next: &mut Upcoming,
-    ) {
-        P::multiply::<I, W, R, T>(isa, panels, x, first, c, next);
-    }
 }
 
 thread_local! {
@@ -201,17 +157,17 @@ pub fn run<I: Isa, W: PanelWeights>(isa: I, weights: &[u8], row_bytes: usize, ac
     if acts.in_matrix_tiles() {
         return matrix::run::<I, W>(isa, weights, row_bytes, acts, tile);
     }
-    if I::MAY_MULTIPLY_BFLOATS && <W::Panel as Panel>::Pairs::EXISTS && acts.layout() == Layout::Pairs {
+    if I::MAY_MULTIPLY_BFLOATS && W::Panel::MEETS_PAIRS && acts.layout() == Layout::Pairs {
         return run_tiles::<I, W, <W::Panel as Panel>::Pairs, 4, 3, 2>(isa, weights, row_bytes, acts, tile);
     }
     match I::TILE {
         // Four panels of floats are more than L1.
         TileShape::FourByThree if size_of::<W::Panel>() > 8 << 10 => {
-            run_tiles::<I, W, AsPanel, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile)
+            run_tiles::<I, W, W::Panel, 2, GROUP, 2>(isa, weights, row_bytes, acts, tile)
         }
-        TileShape::FourByThree => run_tiles::<I, W, AsPanel, 4, 3, 2>(isa, weights, row_bytes, acts, tile),
-        TileShape::OneBySix => run_tiles::<I, W, AsPanel, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
-        TileShape::OneByThree => run_tiles::<I, W, AsPanel, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
+        TileShape::FourByThree => run_tiles::<I, W, W::Panel, 4, 3, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneBySix => run_tiles::<I, W, W::Panel, 1, GROUP, 2>(isa, weights, row_bytes, acts, tile),
+        TileShape::OneByThree => run_tiles::<I, W, W::Panel, 1, 3, 1>(isa, weights, row_bytes, acts, tile),
     }
 }
 

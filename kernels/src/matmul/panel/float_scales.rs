@@ -8,7 +8,7 @@
 //! ```
 
 use super::matrix::{PANELS, prefetch_start, prefetch_sums};
-use super::{AsPanel, LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use super::{LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
 use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, each};
 use crate::matmul::activation::Activations;
 
@@ -20,18 +20,21 @@ pub struct FloatScales {
 }
 
 impl Panel for FloatScales {
-    type Tokens = QuantizedBlock;
     type Matrix = SignedBytes;
-    type Pairs = AsPanel;
+    type Pairs = Self;
     const EMPTY: Self = FloatScales { q: [[0; LANES]; STEPS], d: [[0.0; LANES]; 8], m: [[0.0; LANES]; 8] };
+}
+
+impl Multiply<Self> for FloatScales {
+    type Tokens = QuantizedBlock;
 
     fn tokens(acts: &Activations, slab: usize) -> &[QuantizedBlock] {
         acts.slab(slab)
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(&mut self, isa: I) {
-        isa.arrange(&mut self.q);
+    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
+        isa.arrange(&mut panel.q);
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! The tile of types that are decoded to floats: F32, and any type in its decode-then-dot row.
 
 use super::matrix::NoMatrix;
-use super::{AsPanel, LANES, Panel, PanelWeights, SLAB, Upcoming};
+use super::{LANES, Multiply, Panel, PanelWeights, SLAB, Upcoming};
 use crate::isa::{GROUP, Isa, Sums, each};
 use crate::matmul::activation::Activations;
 
@@ -22,10 +22,13 @@ pub struct Floats {
 }
 
 impl Panel for Floats {
-    type Tokens = FloatBlock;
     type Matrix = NoMatrix<Floats>;
-    type Pairs = AsPanel;
+    type Pairs = Self;
     const EMPTY: Self = Floats { w: [[0.0; LANES]; SLAB] };
+}
+
+impl Multiply<Self> for Floats {
+    type Tokens = FloatBlock;
 
     fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {
         acts.float_slab(slab)

@@ -18,18 +18,22 @@ pub struct Halves<F> {
 }
 
 impl<F: HalfFormat> Panel for Halves<F> {
-    type Tokens = FloatBlock;
     type Matrix = BfloatPanel<F>;
-    type Pairs = Self;
+    type Pairs = InPairs;
+    const MEETS_PAIRS: bool = F::PARTS == 1;
     const EMPTY: Self = Halves { pairs: [[0; LANES]; SLAB / 2], w: [[0.0; LANES]; SLAB], format: std::marker::PhantomData };
+}
+
+impl<F: HalfFormat> Multiply<Self> for Halves<F> {
+    type Tokens = FloatBlock;
 
     fn tokens(acts: &Activations, slab: usize) -> &[FloatBlock] {
         acts.float_slab(slab)
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(&mut self, isa: I) {
-        for (out, pair) in self.w.as_chunks_mut().0.iter_mut().zip(&self.pairs) {
+    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
+        for (out, pair) in panel.w.as_chunks_mut().0.iter_mut().zip(&panel.pairs) {
             *out = F::pair(isa, pair);
         }
     }
@@ -58,7 +62,9 @@ impl PairBlock {
 }
 
 /// Pairs of columns, which BF16 has as they are.
-impl<F: HalfFormat> Multiply<Self> for Halves<F> {
+pub struct InPairs;
+
+impl<F: HalfFormat> Multiply<Halves<F>> for InPairs {
     type Tokens = PairBlock;
 
     fn tokens(acts: &Activations, slab: usize) -> &[PairBlock] {
@@ -66,12 +72,9 @@ impl<F: HalfFormat> Multiply<Self> for Halves<F> {
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(_: &mut Self, _: I) {}
-
-    #[inline(always)]
-    fn multiply<I: Isa, W: PanelWeights<Panel = Self>, const R: usize, const T: usize>(
+    fn multiply<I: Isa, W: PanelWeights<Panel = Halves<F>>, const R: usize, const T: usize>(
         isa: I,
-        panels: &[Self; R],
+        panels: &[Halves<F>; R],
         x: &PairBlock,
         first: usize,
         c: &mut [Sums],

@@ -13,7 +13,7 @@
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
 use super::matrix::{LOW_UNITS, PANELS, prefetch_start, prefetch_sums};
-use super::{AsPanel, LANES, MatrixBlock, MatrixPanel, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use super::{LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
 use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, TokenInts, each};
 use crate::matmul::activation::Activations;
 
@@ -42,19 +42,22 @@ fn is_narrow<W: PanelWeights>(x: &QuantizedBlock) -> bool {
 }
 
 impl Panel for IntegerScales {
-    type Tokens = QuantizedBlock;
     type Matrix = Digits;
-    type Pairs = AsPanel;
+    type Pairs = Self;
     const EMPTY: Self =
         IntegerScales { q: [[0; LANES]; STEPS], scales: [[0; LANES]; 16], min_pairs: [[0; LANES]; 8], d: [0.0; LANES], dmin: [0.0; LANES] };
+}
+
+impl Multiply<Self> for IntegerScales {
+    type Tokens = QuantizedBlock;
 
     fn tokens(acts: &Activations, slab: usize) -> &[QuantizedBlock] {
         acts.slab(slab)
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(&mut self, isa: I) {
-        isa.arrange(&mut self.q);
+    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
+        isa.arrange(&mut panel.q);
     }
 
     #[inline(always)]
