@@ -73,6 +73,7 @@ print(done.stderr.strip())
 sys.exit(done.returncode)
 PY
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 2048 -n 64 -r 3 > >(tee -a benches/runs/gpu.txt)
+        try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 64 -r 3 --sequences 8 > >(tee -a benches/runs/gpu.txt)
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 32 -d 8192 -r 3 > >(tee -a benches/runs/gpu.txt)
     done
     step "done: $failures failed"

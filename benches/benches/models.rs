@@ -3,8 +3,9 @@
 //! GB/s, and the share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
 //! `cargo bench -p benches --features ggml --bench models -- --shape 1b --types Q4_0,Q4_K_M --prompt 512 --tokens 128 --reps 5`
-//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers both|plain|none`. llama.cpp takes long to
-//! read a long context: `--computed N` has it read N tokens, and store those again until the context is full.
+//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers default,plain,unfused` names those of llama.cpp's
+//! paths to measure: repacked, as the file is, and so without flash attention. It takes long to read a long context:
+//! `--computed N` has it read N tokens, and store those again until the context is full (with flash attention alone).
 //! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
 
 use benches::{argument, forget, is_test_run, median, runs, synth};
@@ -94,14 +95,20 @@ fn peers(path: &std::path::Path, threads: usize, l: &Load) -> Vec<Box<dyn Contes
         KvType::Q8_0 => 8,
     };
     let context = l.context().next_multiple_of(256) as u32;
-    let which = argument("--peers", "both");
+    let wanted = argument("--peers", "default,plain");
     let computed: usize = argument("--computed", "0").parse().expect("a number");
     let computed = if computed == 0 { usize::MAX } else { computed };
-    let paths = [("llama.cpp default", true), ("llama.cpp no repack", false)];
-    let wanted = paths.into_iter().filter(|(_, repack)| which == "both" || (which == "plain" && !repack));
-    wanted
-        .map(|(name, repack)| {
-            let llama = Llama::open(path, &LlamaOptions { context, threads: threads as i32, repack, kv });
+    // Named on the command line, named in the table, repacked, with flash attention.
+    let paths = [
+        ("default", "llama.cpp default", true, true),
+        ("plain", "llama.cpp no repack", false, true),
+        ("unfused", "llama.cpp no flash", false, false),
+    ];
+    paths
+        .into_iter()
+        .filter(|(path, ..)| wanted.split(',').any(|w| w == *path))
+        .map(|(_, name, repack, flash)| {
+            let llama = Llama::open(path, &LlamaOptions { context, threads: threads as i32, repack, flash, kv });
             Box::new(Theirs { name, llama, computed }) as Box<dyn Contestant>
         })
         .collect()

@@ -41,7 +41,7 @@ mod with_ggml {
     /// Log-probabilities of the scored half of each window, by llama.cpp.
     fn log_probabilities(file: &Path, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) {
         let threads = argument("--threads", "2").parse().expect("a number");
-        let mut llama = Llama::open(file, &LlamaOptions { context: CONTEXT as u32, threads, repack: false, kv: 1 });
+        let mut llama = Llama::open(file, &LlamaOptions { context: CONTEXT as u32, threads, repack: false, flash: true, kv: 1 });
         for (w, window) in tokens.chunks_exact(CONTEXT).enumerate() {
             llama.truncate(0);
             let mut logits = llama.decode(window, 0, true);

@@ -17,7 +17,8 @@ struct AttentionArgs {
     Store keys, values;
     uint32_t n_tokens, n_kv_heads, group, key_dim, value_dim;
     uint32_t first_position, capacity, window, kv_type, n_splits;
-    float scale; // of q·k, times log2(e)
+    float scale;          // of q·k, times log2(e)
+    uint32_t first_token; // of a step's sequence among all of its tokens; else 0
 };
 
 constexpr unsigned WARPS_OF_ATTENTION = 4, TILE = 32, ROWS = 16, PADDING = 8;
@@ -121,7 +122,7 @@ template <unsigned D> __device__ __forceinline__ void attend(const AttentionArgs
 
 // Where row (token, head of the group) of a KV head lies among all rows.
 __device__ __forceinline__ size_t row_of_all(const AttentionArgs &a, unsigned row, unsigned kv_head) {
-    return (size_t(row / a.group) * a.n_kv_heads + kv_head) * a.group + row % a.group;
+    return (size_t(a.first_token + row / a.group) * a.n_kv_heads + kv_head) * a.group + row % a.group;
 }
 
 // Tiles of positions that any of a block's rows sees, of which this split has a part.
@@ -181,21 +182,31 @@ template <unsigned D> __device__ __forceinline__ void attention_many(const Atten
     }
 }
 
-struct StepArgs {
-    AttentionArgs attention; // its first_position is not used
-    RotateArgs rotation;
-    Onward onward;                  // of `out`
-    const uint32_t *first_position; // in memory, so that one captured launch serves every step
-    uint32_t *arrived;              // [KV head][block of rows]: splits so far; zeros between launches
+// Where a sequence's cache is, and the position of its first token.
+struct Place {
+    uint32_t sequence, position;
 };
 
-// grid: rows / 16 × KV heads × splits of the context.
+struct StepArgs {
+    AttentionArgs attention; // of each sequence; where it begins is in `places`
+    RotateArgs rotation;
+    Onward onward;       // of `out`
+    const Place *places; // [sequence], in memory, so that one captured launch serves every step
+    uint32_t *arrived;   // [KV head][block of rows]: splits so far; zeros between launches
+    uint32_t blocks;     // of rows, of a sequence
+    uint32_t all_tokens; // of all sequences
+};
+
+// grid: sequences · (their rows / 16) × KV heads × splits of the context.
 template <unsigned D> __device__ __forceinline__ void attention_step(const StepArgs &args) {
     SHARED(uint16_t, memory);
-    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, block_row = blockIdx.x * ROWS;
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y;
     AttentionArgs a = args.attention;
-    a.first_position = *args.first_position;
-    const unsigned rows = a.n_tokens * a.group;
+    const unsigned rows = a.n_tokens * a.group, which = blockIdx.x / args.blocks, block_row = blockIdx.x % args.blocks * ROWS;
+    const Place place = args.places[which];
+    const unsigned stored_head = place.sequence * a.n_kv_heads + kv_head;
+    a.first_position = place.position;
+    a.first_token = which * a.n_tokens;
     const Span s = span(a, block_row, ROWS);
     constexpr unsigned STRIDE = D + 2, TILE_HALVES = 2 * TILE * (D + PADDING);
     uint16_t *keys = memory + warp * TILE_HALVES, *values = keys + TILE_HALVES / 2;
@@ -205,17 +216,17 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     // Queries, where tiles will be; new keys and values of this block's positions, by every block that reads them.
     for (unsigned r = warp; r < ROWS; r += WARPS_OF_ATTENTION) {
         const unsigned row = block_row + r;
-        if (row < rows) rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, row / a.group, lane, found + r * D);
+        if (row < rows) rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, a.first_token + row / a.group, lane, found + r * D);
     }
     float *head = found + (ROWS + warp) * D;
     for (unsigned t = warp; t < a.n_tokens; t += WARPS_OF_ATTENTION) {
         const unsigned position = a.first_position + t;
         if (position / TILE < s.begin || position / TILE >= s.end) continue;
-        rotate_head(args.rotation, KEY, kv_head, t, lane, head);
-        append(args.rotation, KEY, kv_head, position, lane, head);
+        rotate_head(args.rotation, KEY, kv_head, a.first_token + t, lane, head);
+        append(args.rotation, KEY, stored_head, position, lane, head);
         __syncwarp();
-        rotate_head(args.rotation, VALUE, kv_head, t, lane, head);
-        append(args.rotation, VALUE, kv_head, position, lane, head);
+        rotate_head(args.rotation, VALUE, kv_head, a.first_token + t, lane, head);
+        append(args.rotation, VALUE, stored_head, position, lane, head);
         __syncwarp();
     }
     __syncthreads();
@@ -232,7 +243,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     const Rows of_keys = {a.keys, a.kv_type}, of_values = {a.values, a.kv_type};
     for (unsigned tile = s.begin + warp; tile < s.end; tile += WARPS_OF_ATTENTION) {
         const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
-        const size_t row = size_t(kv_head) * a.capacity + position;
+        const size_t row = size_t(stored_head) * a.capacity + position;
         __syncwarp();
         load_tile<D>(of_keys, row, n, a.key_dim, lane, WARP, keys);
         load_tile<D>(of_values, row, n, a.value_dim, lane, WARP, values);
@@ -256,7 +267,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     }
     __syncthreads();
     // [split][row][value_dim + 2]: sums, maximum, weight; rows are (token, query head)
-    const size_t all_rows = size_t(rows) * a.n_kv_heads;
+    const size_t all_rows = size_t(args.all_tokens) * a.n_kv_heads * a.group;
     const unsigned stride = a.value_dim + 2;
     for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
         const unsigned r = i / a.value_dim, column = i % a.value_dim;
@@ -303,11 +314,11 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     for (unsigned slab = kv_head * width / CHUNK_COLUMNS; slab * CHUNK_COLUMNS < (kv_head + 1) * width; slab++) {
         const unsigned first = slab * CHUNK_COLUMNS / width, last = (min((slab + 1) * CHUNK_COLUMNS, columns) - 1) / width;
         if (!comes_last(args.onward.arrived + slab, (last - first + 1) * gridDim.x, flag)) continue;
-        for (unsigned t = warp; t < a.n_tokens; t += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(t) * columns, t, slab, columns, lane);
+        for (unsigned t = warp; t < args.all_tokens; t += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(t) * columns, t, slab, columns, lane);
     }
 }
 
 KERNEL_OF(128, attention_many_64, AttentionArgs) { attention_many<64>(a); }
 KERNEL_OF(128, attention_many_128, AttentionArgs) { attention_many<128>(a); }
-KERNEL_OF(128, attention_step_64, StepArgs) { attention_step<64>(a); }
-KERNEL_OF(128, attention_step_128, StepArgs) { attention_step<128>(a); }
+KERNEL_BESIDE(128, 4, attention_step_64, StepArgs) { attention_step<64>(a); }
+KERNEL_BESIDE(128, 3, attention_step_128, StepArgs) { attention_step<128>(a); }

@@ -18,7 +18,7 @@ mod quantize;
 mod staging;
 mod top;
 
-pub use attention::{CacheType, Heads, LayerCache, Rotation, StepState, attention, attention_step, rotate, splits};
+pub use attention::{CacheType, Heads, LayerCache, Rotation, StepPart, StepState, attention, attention_step, rotate, splits};
 pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
 pub use matmul::{Job, matmul};
 pub use pack::{TILE_ROWS, WeightMatrix};

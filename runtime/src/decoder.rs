@@ -28,21 +28,49 @@ pub enum Want {
     From(usize),
 }
 
+/// Tokens that pass through the layers together: as many of each of some sequences, one sequence after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Batch<'a> {
+    /// None twice.
+    pub sequences: &'a [usize],
+    pub tokens: &'a [u32],
+}
+
+impl Batch<'_> {
+    /// Tokens of each sequence.
+    pub fn each(self) -> usize {
+        self.tokens.len() / self.sequences.len()
+    }
+
+    /// Of all tokens, where the sequences have so many already.
+    pub fn positions(self, len: impl Fn(usize) -> usize) -> impl Iterator<Item = usize> {
+        let each = self.each();
+        self.sequences.iter().flat_map(move |s| len(*s)..len(*s) + each)
+    }
+}
+
 /// What all layers of one batch share.
 pub(crate) struct Step<'a, 'o> {
     pub h: &'a Hparams,
     pub pool: &'a Pool,
     pub rope: &'a RopeTable,
-    pub n_tokens: usize,
-    pub first_pos: usize,
+    /// Of each token.
+    pub positions: &'a [usize],
+    /// Whose tokens these are, as many of each.
+    pub sequences: &'a [usize],
     /// None while a model only runs.
     pub observer: Option<&'a Mutex<dyn Observer + 'o>>,
 }
 
 impl Step<'_, '_> {
-    /// Without the first `n` tokens; `rope` keeps their rows.
+    pub fn n_tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Without the first `n` tokens of its only sequence; `rope` keeps their rows.
     pub fn after(&self, n: usize) -> Self {
-        Step { n_tokens: self.n_tokens - n, first_pos: self.first_pos + n, ..*self }
+        debug_assert!(n == 0 || self.sequences.len() == 1);
+        Step { positions: &self.positions[n..], ..*self }
     }
 }
 
@@ -109,6 +137,7 @@ pub struct Decoder<'m> {
     rope: RopeTable,
     frequencies: Vec<f64>,
     magnitude: f32,
+    positions: Vec<usize>,
     logits: Vec<f32>,
 }
 
@@ -116,7 +145,16 @@ impl<'m> Decoder<'m> {
     pub fn new(model: &'m Model) -> Decoder<'m> {
         let h = model.hparams();
         let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
-        Decoder { model, scratch: Scratch::new(h, 1), batch: 1, rope: RopeTable::default(), frequencies, magnitude, logits: Vec::new() }
+        Decoder {
+            model,
+            scratch: Scratch::new(h, 1),
+            batch: 1,
+            rope: RopeTable::default(),
+            frequencies,
+            magnitude,
+            positions: Vec::new(),
+            logits: Vec::new(),
+        }
     }
 
     pub fn model(&self) -> &'m Model {
@@ -127,47 +165,83 @@ impl<'m> Decoder<'m> {
     pub fn forward(&mut self, pool: &Pool, cache: &mut KvCache, tokens: &[u32], want: Want) -> Result<&[f32]> {
         let first_wanted = first_wanted(self.model, cache.len(), cache.capacity(), tokens, want)?;
         self.logits.clear();
-        for (i, batch) in tokens.chunks(BATCH).enumerate() {
-            let start = i * BATCH;
-            let from = first_wanted.saturating_sub(start);
-            self.run_batch(pool, cache, batch, from)?;
+        for (i, tokens) in tokens.chunks(BATCH).enumerate() {
+            let from = first_wanted.saturating_sub(i * BATCH);
+            self.run_batch(pool, std::slice::from_mut(cache), Batch { sequences: &[0], tokens }, from)?;
+        }
+        Ok(&self.logits)
+    }
+
+    /// Appends token i to the cache of index `sequences[i]`, no cache twice, and returns the logits after each.
+    pub fn step(&mut self, pool: &Pool, caches: &mut [KvCache], sequences: &[usize], tokens: &[u32]) -> Result<&[f32]> {
+        check_step(self.model, sequences, tokens, |s| (caches[s].len(), caches[s].capacity()))?;
+        self.logits.clear();
+        for (sequences, tokens) in sequences.chunks(BATCH).zip(tokens.chunks(BATCH)) {
+            self.run_batch(pool, caches, Batch { sequences, tokens }, 0)?;
         }
         Ok(&self.logits)
     }
 
     /// One batch; logits of its tokens from `from` on are appended.
-    fn run_batch(&mut self, pool: &Pool, cache: &mut KvCache, tokens: &[u32], from: usize) -> Result<()> {
+    fn run_batch(&mut self, pool: &Pool, caches: &mut [KvCache], batch: Batch<'_>, from: usize) -> Result<()> {
         let h = self.model.hparams();
-        let (n, hidden) = (tokens.len(), h.hidden as usize);
+        let (n, hidden) = (batch.tokens.len(), h.hidden as usize);
         if n > self.batch {
             self.scratch = Scratch::new(h, n);
             self.batch = n;
         }
-        for (t, row) in tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
+        for (t, row) in batch.tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
             self.model.embed(*t, row)?;
         }
-        let first_pos = cache.len();
-        self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
-        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer: None };
+        self.positions.clear();
+        self.positions.extend(batch.positions(|s| caches[s].len()));
+        self.rope.fill(self.positions.iter().copied(), &self.frequencies, self.magnitude);
+        let step = Step { h, pool, rope: &self.rope, positions: &self.positions, sequences: batch.sequences, observer: None };
         // Of tokens whose logits nobody wants, the last layer owes later ones its K and V alone.
         let skipped = if from < n { from.min(n.saturating_sub(LEAST_KEPT)) } else { n };
         let kept = step.after(skipped);
         for (i, layer) in self.model.layers.iter().enumerate() {
             let is_last = i + 1 == self.model.layers.len();
             let (skipped, after) = if is_last { (skipped, &kept) } else { (0, &step) };
-            attention::run(&step, i, &layer.attention, cache, &mut self.scratch, skipped);
+            attention::run(&step, i, &layer.attention, caches, &mut self.scratch, skipped);
             feed_forward::run(after, layer, &mut self.scratch);
         }
-        cache.advance(n);
+        batch.sequences.iter().for_each(|s| caches[*s].advance(batch.each()));
         if from < n {
+            let before = self.logits.len();
             head(&kept, &self.model.output_norm, &self.model.output, &mut self.scratch, from - skipped, &mut self.logits);
-            // NaN spreads, so the last row tells whether anything went wrong on the way.
-            if !self.logits[self.logits.len() - self.model.vocab()..].iter().all(|v| v.is_finite()) {
-                return Err(Error::NotFinite { position: first_pos + n - 1 });
-            }
+            check_finite(&self.logits[before..], self.model.vocab(), batch.sequences.len(), &self.positions[from..])?;
         }
         Ok(())
     }
+}
+
+/// NaN spreads, so each sequence's last row tells whether anything went wrong on the way; `positions` are the rows'.
+pub(crate) fn check_finite(logits: &[f32], vocab: usize, n_sequences: usize, positions: &[usize]) -> Result<()> {
+    let each = positions.len() / n_sequences;
+    let rows = logits.chunks_exact(each * vocab).zip(positions.chunks_exact(each));
+    for (rows, positions) in rows {
+        if !rows[(each - 1) * vocab..].iter().all(|v| v.is_finite()) {
+            return Err(Error::NotFinite { position: positions[each - 1] });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a token may be appended to each of some sequences, of which `room` says how many tokens they have, and can have.
+pub(crate) fn check_step(model: &Model, sequences: &[usize], tokens: &[u32], room: impl Fn(usize) -> (usize, usize)) -> Result<()> {
+    assert!(sequences.len() == tokens.len(), "{} tokens of {} sequences", tokens.len(), sequences.len());
+    let mut sorted = sequences.to_vec();
+    sorted.sort_unstable();
+    assert!(sorted.windows(2).all(|w| w[0] != w[1]), "a sequence twice");
+    if tokens.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    for (s, t) in sequences.iter().zip(tokens) {
+        let (len, capacity) = room(*s);
+        first_wanted(model, len, capacity, &[*t], Want::Last)?;
+    }
+    Ok(())
 }
 
 /// The first of `tokens` whose logits are wanted, if they may follow `len` others where `capacity` fit.
@@ -192,7 +266,7 @@ pub(crate) fn first_wanted(model: &Model, len: usize, capacity: usize, tokens: &
 
 /// Appends the logits of the batch's tokens from `from` on.
 pub(crate) fn head(step: &Step, norm: &[f32], output: &Weight, s: &mut Scratch, from: usize, logits: &mut Vec<f32>) {
-    let (n, hidden) = (step.n_tokens - from, step.h.hidden as usize);
+    let (n, hidden) = (step.n_tokens() - from, step.h.hidden as usize);
     let old = logits.len();
     logits.resize(old + n * step.h.vocab as usize, 0.0);
     let x = &s.x[from * hidden..];

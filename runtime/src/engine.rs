@@ -1,15 +1,17 @@
-//! A model with its context, on the CPU or on a GPU: what sessions and measurements run.
+//! A model with what it remembers, of one text or of several side by side, on the CPU or on a GPU: what sessions and
+//! measurements run.
 
 use crate::decoder::{Decoder, Want};
 use crate::error::Result;
 use crate::gpu::{self, GpuDecoder, Split, Target};
-use crate::kv_cache::{KvCache, KvType};
+use crate::kv_cache::{CacheShape, KvCache};
 use crate::model::Model;
 use crate::sampler::Sampler;
 use kernels::Pool;
 
 enum Place<'m> {
-    Cpu(Box<Decoder<'m>>, KvCache),
+    /// A cache a sequence.
+    Cpu(Box<Decoder<'m>>, Vec<KvCache>),
     Gpu(Box<GpuDecoder<'m>>),
 }
 
@@ -19,11 +21,14 @@ pub struct Engine<'m> {
 }
 
 impl<'m> Engine<'m> {
-    /// On the CPU, or with as many layers as have room on `gpu`, for `context` tokens kept as `kv`.
-    pub fn new(model: &'m Model, gpu: Option<Target>, context: usize, kv: KvType) -> Result<Engine<'m>> {
+    /// On the CPU, or with as many layers as have room on `gpu`.
+    pub fn new(model: &'m Model, gpu: Option<Target>, shape: CacheShape) -> Result<Engine<'m>> {
         let place = match gpu {
-            Some(target) => Place::Gpu(Box::new(gpu::place(model, target, context, kv)?)),
-            None => Place::Cpu(Box::new(Decoder::new(model)), KvCache::new(model.hparams(), context, kv)?),
+            Some(target) => Place::Gpu(Box::new(gpu::place(model, target, shape)?)),
+            None => {
+                let cache = |_| KvCache::new(model.hparams(), shape.context, shape.kv);
+                Place::Cpu(Box::new(Decoder::new(model)), (0..shape.sequences).map(cache).collect::<Result<_>>()?)
+            }
         };
         Ok(Engine { model, place })
     }
@@ -40,50 +45,54 @@ impl<'m> Engine<'m> {
         }
     }
 
-    /// Appends `tokens` and returns the wanted logits, rows of `vocab`.
-    pub fn forward(&mut self, pool: &Pool, tokens: &[u32], want: Want) -> Result<&[f32]> {
+    /// Appends `tokens` to a sequence and returns the wanted logits, rows of `vocab`.
+    pub fn forward(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], want: Want) -> Result<&[f32]> {
         match &mut self.place {
-            Place::Cpu(decoder, cache) => decoder.forward(pool, cache, tokens, want),
-            Place::Gpu(decoder) => decoder.forward(pool, tokens, want),
+            Place::Cpu(decoder, caches) => decoder.forward(pool, &mut caches[sequence], tokens, want),
+            Place::Gpu(decoder) => decoder.forward(pool, sequence, tokens, want),
         }
     }
 
-    /// Appends `tokens` and draws the one after them; `history` is all that came before it.
-    pub fn sample(&mut self, pool: &Pool, tokens: &[u32], sampler: &mut Sampler, history: &[u32]) -> Result<u32> {
+    /// Appends token i to sequence `sequences[i]`, none twice, and returns the logits after each.
+    pub fn step(&mut self, pool: &Pool, sequences: &[usize], tokens: &[u32]) -> Result<&[f32]> {
+        match &mut self.place {
+            Place::Cpu(decoder, caches) => decoder.step(pool, caches, sequences, tokens),
+            Place::Gpu(decoder) => decoder.step(pool, sequences, tokens),
+        }
+    }
+
+    /// Appends `tokens` to a sequence and draws the one after them; `history` is all that came before it.
+    pub fn sample(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], sampler: &mut Sampler, history: &[u32]) -> Result<u32> {
         if let (Place::Gpu(decoder), Some(k)) = (&mut self.place, sampler.needs_top())
-            && let Some(top) = decoder.forward_top(pool, tokens, k)?
+            && let Some(top) = decoder.forward_top(pool, sequence, tokens, k)?
         {
             return Ok(sampler.sample_top(top));
         }
-        let logits = self.forward(pool, tokens, Want::Last)?;
+        let logits = self.forward(pool, sequence, tokens, Want::Last)?;
         Ok(sampler.sample(logits, history))
     }
 
-    /// Tokens that can be stored.
+    /// Tokens that a sequence can have.
     pub fn capacity(&self) -> usize {
         match &self.place {
-            Place::Cpu(_, cache) => cache.capacity(),
+            Place::Cpu(_, caches) => caches.first().map_or(0, KvCache::capacity),
             Place::Gpu(decoder) => decoder.capacity(),
         }
     }
 
-    /// Tokens stored.
-    pub fn len(&self) -> usize {
+    /// Tokens that a sequence has.
+    pub fn len(&self, sequence: usize) -> usize {
         match &self.place {
-            Place::Cpu(_, cache) => cache.len(),
-            Place::Gpu(decoder) => decoder.len(),
+            Place::Cpu(_, caches) => caches[sequence].len(),
+            Place::Gpu(decoder) => decoder.len(sequence),
         }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Forgets all tokens from position `n` on.
-    pub fn truncate(&mut self, n: usize) {
+    /// Forgets all tokens of a sequence from position `n` on.
+    pub fn truncate(&mut self, sequence: usize, n: usize) {
         match &mut self.place {
-            Place::Cpu(_, cache) => cache.truncate(n),
-            Place::Gpu(decoder) => decoder.truncate(n),
+            Place::Cpu(_, caches) => caches[sequence].truncate(n),
+            Place::Gpu(decoder) => decoder.truncate(sequence, n),
         }
     }
 }

@@ -12,21 +12,21 @@ mod step;
 
 pub use memory::{Needs, Split, beside_weights, best_split, host_bytes, needs};
 
-use crate::decoder::{self, BATCH, Step, Want, first_wanted, rope_frequencies};
+use crate::decoder::{self, Batch, Step, Want, check_finite, check_step, first_wanted, rope_frequencies};
 use crate::error::{Error, Result};
-use crate::kv_cache::{KvCache, KvType};
+use crate::kv_cache::{CacheShape, KvCache};
 use crate::layers;
 use crate::model::{FeedForwardWeights, Model, Weight};
 use gguf::arch::{Dim, RopeLayout};
 use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
 use kernels::cuda::{
-    Buffer, Device, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, StepState, Top, WeightMatrix, attention,
+    Buffer, Device, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, StepPart, StepState, Top, WeightMatrix, attention,
     attention_step, matmul, rotate, splits,
 };
 use kernels::vecmath::RopeTable;
 use loader::Loader;
-use memory::{LOGIT_ROWS, cache_type, heads, scratch_floats, widest};
+use memory::{LOGIT_ROWS, batch, cache_type, heads, scratch_floats, widest};
 use step::{Few, Head, Kind, Parts};
 
 struct Layer {
@@ -78,8 +78,8 @@ struct Host {
     scratch: decoder::Scratch,
     /// Tokens that `scratch` holds.
     batch: usize,
-    /// Of the layers that are here whole.
-    cache: KvCache,
+    /// Of the layers that are here whole, one a sequence.
+    caches: Vec<KvCache>,
 }
 
 impl Host {
@@ -111,10 +111,13 @@ pub struct GpuDecoder<'m> {
     few: Option<Few>,
     batch: usize,
     capacity: usize,
-    len: usize,
+    /// Tokens that each sequence has.
+    lens: Vec<usize>,
     rope: RopeTable,
     frequencies: Vec<f64>,
     magnitude: f32,
+    /// Of a batch's tokens.
+    positions: Vec<usize>,
     /// Hidden states of a batch, on their way between host and GPU.
     x: Vec<f32>,
     logits: Vec<f32>,
@@ -122,15 +125,15 @@ pub struct GpuDecoder<'m> {
 
 impl<'m> GpuDecoder<'m> {
     /// Loads what `split` puts on the GPU, telling `loaded` of bytes as they come, and allocates everything else that
-    /// `ctx` tokens need; fails before anything is read if that has no room.
-    pub fn new(model: &'m Model, device: &Device, ctx: usize, kv: KvType, split: Split, loaded: &dyn Fn(u64)) -> Result<GpuDecoder<'m>> {
+    /// such a cache needs; fails before anything is read if that has no room.
+    pub fn new(model: &'m Model, device: &Device, shape: CacheShape, split: Split, loaded: &dyn Fn(u64)) -> Result<GpuDecoder<'m>> {
         let h = model.hparams();
         let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
-        let (needed, available) = (needs(h, &tensors, ctx, kv, split)?.peak(), device.room()?);
+        let (needed, available) = (needs(h, &tensors, shape, split)?.peak(), device.room()?);
         if needed > available {
             return Err(Error::GpuTooSmall { what: "the model", needed, available });
         }
-        let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
+        let (heads, batch, kind) = (heads(h), batch(shape), cache_type(shape.kv)?);
         let mut forms: Vec<Form> = vec![];
         let on_gpu = &model.layers[split.on_host.min(model.layers.len())..];
         let loader = Loader::start(device, on_gpu.iter().flat_map(matrices).chain([&model.output]).cloned().collect());
@@ -168,9 +171,11 @@ impl<'m> GpuDecoder<'m> {
         }
         let output = load(&model.output)?;
         let output_norm = device.upload_floats("norms", &model.output_norm)?;
-        let cache = (0..layers.len()).map(|_| LayerCache::new(device, heads, ctx, kind)).collect::<kernels::Result<Vec<_>>>()?;
+        let cache = |_| LayerCache::new(device, heads, shape.sequences, shape.context, kind);
+        let cache = (0..layers.len()).map(cache).collect::<kernels::Result<Vec<_>>>()?;
         let inputs = Inputs::new(device, &forms, batch, widest(h))?;
-        let (state, top, few) = (StepState::new(device, heads)?, Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
+        let state = StepState::new(device, heads, batch.min(shape.sequences))?;
+        let (top, few) = ( Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
         let mut lengths = scratch_floats(h, batch).into_iter();
         let mut next = || device.allocate("scratch", 4 * lengths.next().unwrap_or(0));
         let scratch = Scratch {
@@ -186,8 +191,9 @@ impl<'m> GpuDecoder<'m> {
         };
         let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
         let host = if split.on_host > 0 || h.n_experts > 0 {
-            let cache = KvCache::for_layers(h, split.on_host, ctx, kv)?;
-            Some(Host { scratch: decoder::Scratch::new(h, 1), batch: 1, cache })
+            let cache = |_| KvCache::for_layers(h, split.on_host, shape.context, shape.kv);
+            let caches = (0..shape.sequences).map(cache).collect::<Result<_>>()?;
+            Some(Host { scratch: decoder::Scratch::new(h, 1), batch: 1, caches })
         } else {
             None
         };
@@ -206,11 +212,12 @@ impl<'m> GpuDecoder<'m> {
             top,
             few,
             batch,
-            capacity: ctx,
-            len: 0,
+            capacity: shape.context,
+            lens: vec![0; shape.sequences],
             rope: RopeTable::default(),
             frequencies,
             magnitude,
+            positions: vec![],
             x: vec![],
             logits: vec![],
         })
@@ -224,78 +231,98 @@ impl<'m> GpuDecoder<'m> {
         self.split
     }
 
-    /// Tokens that can be stored.
+    /// Tokens that a sequence can have.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Tokens stored.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Tokens that a sequence has.
+    pub fn len(&self, sequence: usize) -> usize {
+        self.lens[sequence]
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets all tokens from position `n` on.
-    pub fn truncate(&mut self, n: usize) {
-        self.len = self.len.min(n);
+    /// Forgets all tokens of a sequence from position `n` on.
+    pub fn truncate(&mut self, sequence: usize, n: usize) {
+        self.lens[sequence] = self.lens[sequence].min(n);
         if let Some(host) = &mut self.host {
-            host.cache.truncate(n);
+            host.caches[sequence].truncate(n);
         }
     }
 
-    /// As `Decoder::forward`, with the cache that is here.
-    pub fn forward(&mut self, pool: &Pool, tokens: &[u32], want: Want) -> Result<&[f32]> {
-        let first_wanted = first_wanted(self.model, self.len, self.capacity, tokens, want)?;
+    /// As `Engine::forward`.
+    pub fn forward(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], want: Want) -> Result<&[f32]> {
+        let first_wanted = first_wanted(self.model, self.lens[sequence], self.capacity, tokens, want)?;
         self.logits.clear();
-        for (i, batch) in tokens.chunks(self.batch).enumerate() {
+        for (i, tokens) in tokens.chunks(self.batch).enumerate() {
             let from = first_wanted.saturating_sub(i * self.batch);
-            let head = if from < batch.len() { Head::Logits } else { Head::Nothing };
-            let made = self.run_layers(pool, batch, head)?;
-            self.read_logits(batch.len(), from, made)?;
+            self.run_batch(pool, Batch { sequences: &[sequence], tokens }, from)?;
         }
         Ok(&self.logits)
     }
 
+    /// As `Engine::step`.
+    pub fn step(&mut self, pool: &Pool, sequences: &[usize], tokens: &[u32]) -> Result<&[f32]> {
+        check_step(self.model, sequences, tokens, |s| (self.lens[s], self.capacity))?;
+        self.logits.clear();
+        for (sequences, tokens) in sequences.chunks(self.batch).zip(tokens.chunks(self.batch)) {
+            self.run_batch(pool, Batch { sequences, tokens }, 0)?;
+        }
+        Ok(&self.logits)
+    }
+
+    /// One batch; logits of its tokens from `from` on are appended.
+    fn run_batch(&mut self, pool: &Pool, batch: Batch<'_>, from: usize) -> Result<()> {
+        let n = batch.tokens.len();
+        let made = self.run_layers(pool, batch, if from < n { Head::Logits } else { Head::Nothing })?;
+        if from < n {
+            let before = self.logits.len();
+            self.read_logits(n, from, made)?;
+            check_finite(&self.logits[before..], self.model.vocab(), batch.sequences.len(), &self.positions[from..])?;
+        }
+        Ok(())
+    }
+
     /// As `forward`, but only the `k` likeliest tokens after the last one, likeliest first, with their logits. None, and
     /// nothing was done: so many cannot be told, or not of so many tokens.
-    pub fn forward_top(&mut self, pool: &Pool, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
+    pub fn forward_top(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
         if k > MOST_TOP || tokens.len() > FEW || self.few.is_none() {
             return Ok(None);
         }
-        first_wanted(self.model, self.len, self.capacity, tokens, Want::Last)?;
-        self.run_layers(pool, tokens, Head::Top)?;
+        first_wanted(self.model, self.lens[sequence], self.capacity, tokens, Want::Last)?;
+        self.run_layers(pool, Batch { sequences: &[sequence], tokens }, Head::Top)?;
         let top = self.top.read(k)?;
         match top.iter().all(|t| t.1.is_finite()) {
             true => Ok(Some(top)),
-            false => Err(Error::NotFinite { position: self.len - 1 }),
+            false => Err(Error::NotFinite { position: self.lens[sequence] - 1 }),
         }
     }
 
     /// Appends the tokens to the cache; true: what `head` asks for was made of them on the way.
-    fn run_layers(&mut self, pool: &Pool, tokens: &[u32], head: Head) -> Result<bool> {
+    fn run_layers(&mut self, pool: &Pool, batch: Batch<'_>, head: Head) -> Result<bool> {
         let h = self.model.hparams();
-        let (n, hidden, ffn) = (tokens.len(), h.hidden as usize, h.ffn as usize);
-        self.send(tokens)?;
-        let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos: self.len, observer: None };
+        let (n, each, hidden, ffn) = (batch.tokens.len(), batch.each(), h.hidden as usize, h.ffn as usize);
+        self.send(batch)?;
+        let (positions, sequences) = (&self.positions, batch.sequences);
+        let step = Step { h, pool, rope: &self.rope, positions, sequences, observer: None };
         let d = &self.device;
         let s = &self.scratch;
         if let Some(host) = self.host.as_mut().filter(|_| self.split.on_host > 0) {
             host.load(self.model, &self.x, n);
             for (i, layer) in self.model.layers[..self.split.on_host].iter().enumerate() {
-                layers::attention::run(&step, i, &layer.attention, &mut host.cache, &mut host.scratch, 0);
+                layers::attention::run(&step, i, &layer.attention, &mut host.caches, &mut host.scratch, 0);
                 layers::feed_forward::run(&step, layer, &mut host.scratch);
             }
             self.x.copy_from_slice(&host.scratch.x[..n * hidden]);
         }
         s.x.write_floats(&self.x)?;
         let window = h.sliding_window.map_or(usize::MAX, |w| w as usize);
-        let n_splits = splits(self.len, n, window);
         let pairs = self.frequencies.len();
-        if n <= FEW {
-            self.state.begin(self.len)?;
+        // Several sequences, or few tokens of one, run as a step.
+        let in_steps = sequences.len() > 1 || n <= FEW;
+        let firsts = || positions.iter().step_by(each).copied();
+        let n_splits = splits(firsts().max().unwrap_or(0), each, window);
+        if in_steps {
+            self.state.begin(sequences.iter().copied().zip(firsts()))?;
         }
         if let Some(few) = self.few.as_mut().filter(|_| n <= FEW) {
             let parts = Parts {
@@ -311,8 +338,8 @@ impl<'m> GpuDecoder<'m> {
                 pairs,
                 window,
             };
-            few.run(Kind { n_tokens: n, n_splits, head }, parts)?;
-            self.advance(n);
+            few.run(Kind { n_sequences: sequences.len(), n_tokens: n, n_splits, head }, parts)?;
+            self.advance(batch);
             return Ok(true);
         }
         let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
@@ -322,11 +349,15 @@ impl<'m> GpuDecoder<'m> {
             self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
             let [q, k, v] = &s.qkv;
             matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], &self.inputs)?;
-            if n <= FEW {
-                attention_step(d, &layer.rotation(h, s, pairs), [q, k, v], cache, &s.attended, &self.state, n, window, n_splits, None)?;
+            let rotation = layer.rotation(h, s, pairs);
+            if in_steps {
+                for first in (0..sequences.len()).step_by(FEW / each) {
+                    let part = StepPart { sequences: first..sequences.len().min(first + FEW / each), each, window, n_splits };
+                    attention_step(d, &rotation, [q, k, v], cache, &s.attended, &self.state, &part, None)?;
+                }
             } else {
-                rotate(d, &layer.rotation(h, s, pairs), [q, k, v], cache, self.len, n)?;
-                attention(d, cache, q, &s.attended, self.len, n, window)?;
+                rotate(d, &rotation, [q, k, v], cache, sequences[0], positions[0], n)?;
+                attention(d, cache, sequences[0], q, &s.attended, positions[0], n, window)?;
             }
             self.inputs.fill(d, &s.attended, 0, n, attn_out, OnTheWay::Nothing, &[layer.output.form()])?;
             matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], &self.inputs)?;
@@ -345,14 +376,16 @@ impl<'m> GpuDecoder<'m> {
                 s.x.write_floats(&host.scratch.x[..n * hidden])?;
             }
         }
-        self.advance(n);
+        self.advance(batch);
         Ok(false)
     }
 
-    fn advance(&mut self, n: usize) {
-        self.len += n;
-        if let Some(host) = &mut self.host {
-            host.cache.advance(n);
+    fn advance(&mut self, batch: Batch<'_>) {
+        for s in batch.sequences {
+            self.lens[*s] += batch.each();
+            if let Some(host) = &mut self.host {
+                host.caches[*s].advance(batch.each());
+            }
         }
     }
 
@@ -371,25 +404,23 @@ impl<'m> GpuDecoder<'m> {
             matmul(d, &[Job { weights: &self.output, out: &s.logits, add: false }], &self.inputs)?;
             s.logits.read_floats_into(0, rows * vocab, &mut self.logits)?;
         }
-        if from < n && !self.logits[self.logits.len() - vocab..].iter().all(|v| v.is_finite()) {
-            return Err(Error::NotFinite { position: self.len - 1 });
-        }
         Ok(())
     }
 
     /// The batch's embeddings to `x`; angles and query scales to the GPU.
-    fn send(&mut self, tokens: &[u32]) -> Result<()> {
+    fn send(&mut self, batch: Batch<'_>) -> Result<()> {
         let h = self.model.hparams();
-        self.x.resize(tokens.len() * h.hidden as usize, 0.0);
-        for (t, row) in tokens.iter().zip(self.x.chunks_exact_mut(h.hidden as usize)) {
+        self.x.resize(batch.tokens.len() * h.hidden as usize, 0.0);
+        for (t, row) in batch.tokens.iter().zip(self.x.chunks_exact_mut(h.hidden as usize)) {
             self.model.embed(*t, row)?;
         }
-        let positions = self.len..self.len + tokens.len();
-        self.rope.fill(positions.clone(), &self.frequencies, self.magnitude);
+        self.positions.clear();
+        self.positions.extend(batch.positions(|s| self.lens[s]));
+        self.rope.fill(self.positions.iter().copied(), &self.frequencies, self.magnitude);
         let (cos, sin) = self.rope.tables();
         self.scratch.cos.write_floats(cos)?;
         self.scratch.sin.write_floats(sin)?;
-        let scales: Vec<f32> = positions.map(|p| h.query_scale(p as u64)).collect();
+        let scales: Vec<f32> = self.positions.iter().map(|p| h.query_scale(*p as u64)).collect();
         Ok(self.scratch.q_scales.write_floats(&scales)?)
     }
 }
@@ -418,14 +449,14 @@ impl<'a> From<&'a Device> for Target<'a> {
 }
 
 /// The model with as many layers on the GPU as it has room for.
-pub fn place<'m>(model: &'m Model, Target { device, loaded }: Target, ctx: usize, kv: KvType) -> Result<GpuDecoder<'m>> {
+pub fn place<'m>(model: &'m Model, Target { device, loaded }: Target, shape: CacheShape) -> Result<GpuDecoder<'m>> {
     let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
     let (h, available) = (model.hparams(), device.room()?);
-    let Some(split) = best_split(h, &tensors, ctx, kv, available)? else {
-        let needed = needs(h, &tensors, ctx, kv, Split { on_host: h.n_layers as usize })?.peak();
+    let Some(split) = best_split(h, &tensors, shape, available)? else {
+        let needed = needs(h, &tensors, shape, Split { on_host: h.n_layers as usize })?.peak();
         return Err(Error::GpuTooSmall { what: "the head with its scratch", needed, available });
     };
-    GpuDecoder::new(model, device, ctx, kv, split, loaded)
+    GpuDecoder::new(model, device, shape, split, loaded)
 }
 
 fn vectors<const N: usize>(device: &Device, from: [&Option<Vec<f32>>; N]) -> Result<[Option<Buffer>; N]> {

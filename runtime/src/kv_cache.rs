@@ -43,6 +43,28 @@ impl KvType {
     }
 }
 
+/// What a model is to remember.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Texts side by side.
+    pub sequences: usize,
+    /// Tokens of each.
+    pub context: usize,
+    pub kv: KvType,
+}
+
+impl CacheShape {
+    /// Of one sequence.
+    pub fn one(context: usize, kv: KvType) -> CacheShape {
+        CacheShape { sequences: 1, context, kv }
+    }
+
+    /// Tokens of all sequences.
+    pub fn tokens(self) -> usize {
+        self.sequences * self.context
+    }
+}
+
 /// One layer's keys or values: n_kv_heads × capacity rows of `dim`. Integers
 /// and plain floats, whose zeroed pages cost nothing until written. The
 /// quantized forms keep quants and scales apart, in as many bytes as the block

@@ -74,12 +74,13 @@ impl<'m> Runner<'m> {
         let hidden = h.hidden as usize;
         self.cache.truncate(0);
         for batch in window.chunks_mut(BATCH * hidden) {
-            let (n, first_pos) = (batch.len() / hidden, self.cache.len());
-            self.rope.fill(first_pos..first_pos + n, &self.frequencies, self.magnitude);
-            let step = Step { h, pool, rope: &self.rope, n_tokens: n, first_pos, observer };
+            let (n, first) = (batch.len() / hidden, self.cache.len());
+            let positions: Vec<usize> = (first..first + n).collect();
+            self.rope.fill(positions.iter().copied(), &self.frequencies, self.magnitude);
+            let step = Step { h, pool, rope: &self.rope, positions: &positions, sequences: &[0], observer };
             self.scratch.x[..batch.len()].copy_from_slice(batch);
             reads(Norm::Attention, batch);
-            attention::run(&step, 0, &layer.attention, &mut self.cache, &mut self.scratch, 0);
+            attention::run(&step, 0, &layer.attention, std::slice::from_mut(&mut self.cache), &mut self.scratch, 0);
             reads(Norm::FeedForward, &self.scratch.x[..batch.len()]);
             feed_forward::run(&step, layer, &mut self.scratch);
             batch.copy_from_slice(&self.scratch.x[..batch.len()]);
@@ -92,8 +93,9 @@ impl<'m> Runner<'m> {
         let h = self.model.hparams();
         let hidden = h.hidden as usize;
         for batch in window.chunks(BATCH * hidden) {
-            let n_tokens = batch.len() / hidden;
-            let step = Step { h, pool, rope: &self.rope, n_tokens, first_pos: 0, observer: None };
+            // A head has no use for positions but their number.
+            let positions: Vec<usize> = (0..batch.len() / hidden).collect();
+            let step = Step { h, pool, rope: &self.rope, positions: &positions, sequences: &[0], observer: None };
             self.scratch.x[..batch.len()].copy_from_slice(batch);
             decoder::head(&step, &self.model.output_norm, output, &mut self.scratch, 0, logits);
         }

@@ -22,7 +22,7 @@ pub mod tokenizer;
 pub use decoder::{Decoder, Want};
 pub use engine::Engine;
 pub use error::{Error, Result};
-pub use kv_cache::{KvCache, KvType};
+pub use kv_cache::{CacheShape, KvCache, KvType};
 pub use model::{Model, Weight};
 pub use plan::MemoryPlan;
 pub use prefetch::available_memory;

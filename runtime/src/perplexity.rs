@@ -8,7 +8,7 @@ use crate::decoder::Want;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::gpu::Target;
-use crate::kv_cache::KvType;
+use crate::kv_cache::{CacheShape, KvType};
 use crate::layers::per_token;
 use crate::model::Model;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
@@ -95,9 +95,9 @@ impl Moments {
 
 /// Log-probabilities at positions `first..` of the window.
 fn log_probabilities(engine: &mut Engine, pool: &Pool, tokens: &[u32], first: usize) -> Result<Vec<f32>> {
-    engine.truncate(0);
+    engine.truncate(0, 0);
     let vocab = engine.model().vocab();
-    let mut logits = engine.forward(pool, tokens, Want::From(first))?.to_vec();
+    let mut logits = engine.forward(pool, 0, tokens, Want::From(first))?.to_vec();
     per_token(pool, &mut logits, vocab, |_, row| log_softmax(row));
     Ok(logits)
 }
@@ -134,8 +134,8 @@ pub fn run(
     let windows = windows(model, text, ctx, options.max_windows)?;
     let n_windows = windows.len();
     let device = options.device.as_ref().map(Target::from);
-    let mut engine = Engine::new(model, device, ctx, options.kv)?;
-    let mut reference = reference.map(|r| Engine::new(r, device, ctx, KvType::F16)).transpose()?;
+    let mut engine = Engine::new(model, device, CacheShape::one(ctx, options.kv))?;
+    let mut reference = reference.map(|r| Engine::new(r, device, CacheShape::one(ctx, KvType::F16))).transpose()?;
     let (mut nll, mut reference_nll, mut kl, mut change) = (Moments::default(), Moments::default(), Moments::default(), Moments::default());
     let mut divergences = Vec::new();
     let mut same_top = 0usize;

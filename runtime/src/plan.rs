@@ -4,7 +4,7 @@
 use crate::decoder::{BATCH, Scratch};
 use crate::error::{Error, Result};
 use crate::gpu::{self, Split};
-use crate::kv_cache::KvType;
+use crate::kv_cache::{CacheShape, KvType};
 use gguf::limits::MAX_CONTEXT;
 use gguf::{Hparams, TensorInfo};
 use kernels::{ActivationFormat, matmul};
@@ -49,12 +49,20 @@ const PROCESS: u64 = 64 << 20;
 const GPU_CONTEXT: u64 = 512 << 20;
 
 pub struct Request {
-    /// 0: the model's own context, or as much as fits if that is less.
+    /// Tokens of each sequence; 0: the model's own context, or as much as fits if that is less.
     pub ctx: u64,
+    /// Side by side.
+    pub sequences: u64,
     pub kv: KvType,
     pub ram: u64,
     /// Plan for a GPU of this size.
     pub vram: Option<u64>,
+}
+
+impl Request {
+    fn cache(&self, ctx: u64) -> CacheShape {
+        CacheShape { sequences: self.sequences as usize, context: ctx as usize, kv: self.kv }
+    }
 }
 
 /// Bytes that may be allocated on a GPU of `vram` bytes.
@@ -64,7 +72,7 @@ pub fn gpu_budget(vram: u64) -> u64 {
 
 /// Bytes that a GPU of `vram` bytes has for `n_tensors` quantized weights beside a context of `ctx` tokens and scratch; 0 if none.
 pub fn room_for_weights(h: &Hparams, n_tensors: usize, vram: u64, ctx: u64, kv: KvType) -> Result<u64> {
-    Ok(gpu_budget(vram).saturating_sub(gpu::beside_weights(h, n_tensors, checked(ctx)? as usize, kv)?))
+    Ok(gpu_budget(vram).saturating_sub(gpu::beside_weights(h, n_tensors, CacheShape::one(checked(ctx)? as usize, kv))?))
 }
 
 fn checked(ctx: u64) -> Result<u64> {
@@ -94,6 +102,11 @@ struct Model<'a> {
 }
 
 impl Model<'_> {
+    /// Bytes that the host's caches take for so many layers.
+    fn kv(&self, layers: u64, ctx: u64) -> u64 {
+        self.request.kv.bytes(self.h.kv_elements_per_token() / self.h.n_layers) * layers * self.request.sequences * ctx
+    }
+
     /// What the matrices want their inputs in.
     fn formats(&self) -> Vec<ActivationFormat> {
         let asks = |t: &TensorInfo, f| t.dims().len() > 1 && matmul::choose(t.block()).is_ok_and(|k| k.activation() == f);
@@ -105,7 +118,7 @@ impl Model<'_> {
             name: "cpu".into(),
             budget: self.request.ram,
             weights: self.tensors.iter().map(TensorInfo::n_bytes).sum(),
-            kv: self.request.kv.bytes(self.h.kv_elements_per_token()) * ctx,
+            kv: self.kv(self.h.n_layers, ctx),
             scratch: Scratch::bytes(self.h, &self.formats(), BATCH) + PROCESS,
         }
     }
@@ -113,7 +126,7 @@ impl Model<'_> {
     /// A GPU with every layer but the split's, and the host beside it.
     fn gpu(&self, vram: u64, ctx: u64, split: Split) -> Result<Vec<Device>> {
         let (h, r) = (self.h, self.request);
-        let needs = gpu::needs(h, self.tensors, ctx as usize, r.kv, split)?;
+        let needs = gpu::needs(h, self.tensors, r.cache(ctx), split)?;
         let host_runs = split.on_host > 0 || h.n_experts > 0;
         let gpu = Device {
             name: "gpu".into(),
@@ -126,7 +139,7 @@ impl Model<'_> {
             name: "cpu".into(),
             budget: r.ram,
             weights: gpu::host_bytes(h, self.tensors, split),
-            kv: r.kv.bytes(h.kv_elements_per_token() / h.n_layers) * split.on_host as u64 * ctx,
+            kv: self.kv(split.on_host as u64, ctx),
             scratch: PROCESS + if host_runs { Scratch::bytes(h, &self.formats(), BATCH) } else { 0 },
         };
         Ok(vec![gpu, host])
@@ -135,19 +148,22 @@ impl Model<'_> {
 
 /// Plans for one device: the GPU if `vram` is given (the embedding, and experts, stay on the host), else the CPU.
 pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> Result<MemoryPlan> {
+    if r.sequences == 0 || checked(r.sequences).is_err() {
+        return Err(Error::BadOption { what: "the number of sequences", value: r.sequences.to_string(), rule: "at least 1" });
+    }
     let m = Model { h, tensors, request: r };
     let devices = |ctx| match r.vram {
         None => Ok(vec![m.cpu(ctx)]),
         Some(vram) => m.gpu(vram, ctx, Split::WHOLE),
     };
     let fits = |devices: &[Device]| devices.iter().all(|d| d.total() <= d.budget);
-    let max_ctx = largest(h.context_length.min(MAX_CONTEXT), |ctx| Ok(fits(&devices(ctx)?)))?;
+    let max_ctx = largest(h.context_length.min(MAX_CONTEXT / r.sequences), |ctx| Ok(fits(&devices(ctx)?)))?;
     let own = if max_ctx == 0 && r.vram.is_some() { h.context_length.min(4096) } else { max_ctx.max(1) };
-    let ctx = if r.ctx == 0 { own } else { checked(r.ctx)? };
+    let ctx = if r.ctx == 0 { own } else { checked(r.ctx.saturating_mul(r.sequences))? / r.sequences };
     let devices = devices(ctx)?;
     let mut plan = MemoryPlan { fits: fits(&devices), max_ctx, ctx, devices, split: None };
     if let (false, Some(vram)) = (plan.fits, r.vram)
-        && let Some(split) = gpu::best_split(h, tensors, ctx as usize, r.kv, gpu_budget(vram))?
+        && let Some(split) = gpu::best_split(h, tensors, r.cache(ctx), gpu_budget(vram))?
     {
         let devices = m.gpu(vram, ctx, split)?;
         if fits(&devices) {

@@ -4,7 +4,7 @@ use crate::decoder::Want;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::gpu::Target;
-use crate::kv_cache::KvType;
+use crate::kv_cache::{CacheShape, KvType};
 use crate::model::Model;
 use crate::prefetch::Prefetch;
 use crate::sampler::Sampler;
@@ -69,7 +69,7 @@ impl<'m> Session<'m> {
             let hint = "the model was not trained for so long a context".to_owned();
             return Err(Error::ContextTooSmall { needed: context, available: 4 * own, hint });
         }
-        let engine = Engine::new(model, gpu, context, kv)?;
+        let engine = Engine::new(model, gpu, CacheShape::one(context, kv))?;
         Ok(Session { engine, history: Vec::new(), prefetch: gpu.is_none().then(|| Prefetch::start(model)) })
     }
 
@@ -88,13 +88,13 @@ impl<'m> Session<'m> {
     /// Appends tokens and returns the last one's logits.
     pub fn feed(&mut self, pool: &Pool, tokens: &[u32]) -> Result<&[f32]> {
         self.remember(tokens)?;
-        self.engine.forward(pool, tokens, Want::Last)
+        self.engine.forward(pool, 0, tokens, Want::Last)
     }
 
     /// Appends tokens and draws the next one.
     fn next(&mut self, pool: &Pool, tokens: &[u32], sampler: &mut Sampler) -> Result<u32> {
         self.remember(tokens)?;
-        self.engine.sample(pool, tokens, sampler, &self.history)
+        self.engine.sample(pool, 0, tokens, sampler, &self.history)
     }
 
     /// Before `tokens` are run.
@@ -111,9 +111,9 @@ impl<'m> Session<'m> {
     pub fn rewind_to_common<'t>(&mut self, prompt: &'t [u32]) -> &'t [u32] {
         let common = self.history.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // At least one token must run to give logits.
-        let common = common.min(prompt.len().saturating_sub(1)).min(self.engine.len());
+        let common = common.min(prompt.len().saturating_sub(1)).min(self.engine.len(0));
         self.history.truncate(common);
-        self.engine.truncate(common);
+        self.engine.truncate(0, common);
         &prompt[common..]
     }
 

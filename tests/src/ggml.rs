@@ -163,7 +163,7 @@ unsafe extern "C" fn add_squares(t: *mut sys::ggml_tensor, ask: bool, data: *mut
 /// What llama.cpp multiplies each matrix with while it reads windows of `context` tokens.
 pub fn input_squares(path: &Path, tokens: &[u32], context: usize) -> Squares {
     let mut squares = Squares::new();
-    let options = LlamaOptions { context: context as u32, threads: 2, repack: false, kv: 0 };
+    let options = LlamaOptions { context: context as u32, threads: 2, repack: false, flash: true, kv: 0 };
     let mut llama = Llama::open_observed(path, &options, Some(&mut squares));
     for window in tokens.chunks_exact(context) {
         llama.truncate(0);
@@ -217,6 +217,8 @@ pub struct LlamaOptions {
     pub threads: i32,
     /// llama.cpp's load-time repacking into its own layouts.
     pub repack: bool,
+    /// Attention as one operation, llama.cpp's default where it can; without it, two products and a softmax (caches of floats).
+    pub flash: bool,
     /// ggml's type of the cache: 0 F32, 1 F16, 8 Q8_0.
     pub kv: u32,
 }
@@ -243,6 +245,9 @@ impl Llama {
             c.n_threads_batch = o.threads;
             c.type_k = o.kv as _;
             c.type_v = o.kv as _;
+            if !o.flash {
+                c.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
+            }
             if let Some(squares) = squares {
                 c.cb_eval = Some(add_squares);
                 c.cb_eval_user_data = (squares as *mut Squares).cast();

@@ -136,7 +136,7 @@ fn whole_models_agree_with_llama_cpp() {
         let ids = &ids[..256];
         let ours = our_logits(&path, ids, KvType::F16);
         for repack in [false, true] {
-            let mut llama = Llama::open(&path, &LlamaOptions { context: 512, threads: 2, repack, kv: 1 });
+            let mut llama = Llama::open(&path, &LlamaOptions { context: 512, threads: 2, repack, flash: true, kv: 1 });
             let theirs = llama.decode(ids, 0, true);
             let e = relative_rms(&ours, &theirs);
             println!("{kind} repack {repack}: {e:.5}");
@@ -153,7 +153,7 @@ fn llama_cpp_opens_every_fixture() {
         let path = convert(&fixture(&name), "F32", &folder);
         let ids: Vec<u32> = (0..64u32).map(|i| (i * 37 + 5) % 512).collect();
         let ours = our_logits(&path, &ids, KvType::F32);
-        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, kv: 0 });
+        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, flash: true, kv: 0 });
         let e = relative_rms(&ours, &llama.decode(&ids, 0, true));
         println!("{name}: {e:.2e}");
         assert!(e < 1e-3, "{name}: logits {e} apart");
@@ -176,7 +176,7 @@ fn llama_cpp_opens_every_file_of_a_release() {
     let ids: Vec<u32> = (0..256u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
     for file in files {
         let path = release.join(file["file"].as_str().unwrap());
-        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, kv: 1 });
+        let mut llama = Llama::open(&path, &LlamaOptions { context: 256, threads: 2, repack: false, flash: true, kv: 1 });
         let e = relative_rms(&our_logits(&path, &ids, KvType::F16), &llama.decode(&ids, 0, true));
         println!("{}: {e:.5}", path.file_name().unwrap().to_string_lossy());
         assert!(e < 0.05, "{}: logits {e} apart", path.display());

@@ -66,6 +66,34 @@ fn wanted_logits_do_not_depend_on_what_else_is_wanted() {
     }
 }
 
+/// Sequences side by side, each as far as it is: what transformers says of each.
+#[test]
+fn sequences_side_by_side_match_transformers() {
+    let pool = Pool::new(2);
+    for name in fixtures() {
+        let folder = Folder::new("sequences");
+        let model = Model::open(&convert(&fixture(&name), "F32", &folder)).unwrap();
+        let (ids, want) = expected(&name);
+        let mut decoder = Decoder::new(&model);
+        let mut caches: Vec<KvCache> = (0..11).map(|_| KvCache::new(model.hparams(), ids.len(), KvType::F32).unwrap()).collect();
+        for (i, cache) in caches.iter_mut().enumerate().skip(1) {
+            decoder.forward(&pool, cache, &ids[..3 * i], Want::Last).unwrap();
+        }
+        // Few, as single tokens are multiplied, and many; the first has nothing before.
+        for sequences in [vec![7, 0, 2], (0..11).rev().collect()] {
+            let tokens: Vec<u32> = sequences.iter().map(|s| ids[caches[*s].len()]).collect();
+            let rows: Vec<usize> = sequences.iter().map(|s| caches[*s].len()).collect();
+            let got = decoder.step(&pool, &mut caches, &sequences, &tokens).unwrap();
+            for ((row, sequence), got) in rows.iter().zip(&sequences).zip(got.chunks_exact(model.vocab())) {
+                let e = relative_rms(got, &want[row * model.vocab()..(row + 1) * model.vocab()]);
+                assert!(e < 1e-5, "{name}, sequence {sequence} after {row} tokens: relative RMS {e}");
+            }
+        }
+        let full = caches.iter().position(|c| c.len() == ids.len());
+        assert!(full.is_none(), "{name}: {full:?}");
+    }
+}
+
 /// The batch boundary of the decoder (512) is crossed without a trace.
 #[test]
 fn long_prompts_pass_in_batches() {

@@ -4,7 +4,7 @@
 
 use gguf::{BlockType, blocks};
 use kernels::cuda::{
-    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepState, Then, Top,
+    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then, Top,
     WeightMatrix,
 };
 use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, matmul, rotate, splits};
@@ -348,14 +348,16 @@ fn attention_case(device: &Device, c: &AttentionCase) {
     let n_heads = n_kv_heads * group;
     let dims = [(n_heads, key_dim), (n_kv_heads, key_dim), (n_kv_heads, value_dim)];
     let total: usize = c.calls.iter().sum();
-    let mut cache = LayerCache::new(device, c.heads, total + 3, c.kind).unwrap();
+    // Between two others that nobody may read.
+    let (sequences, sequence) = (3, 1);
+    let mut cache = LayerCache::new(device, c.heads, sequences, total + 3, c.kind).unwrap();
     let biases: Vec<Vec<f32>> = dims.iter().zip(1..).map(|((n, d), seed)| weights(n * d, seed, 0)).collect();
     let norms = [weights(key_dim, 8, 0), weights(key_dim, 9, 0)];
     let on_device = |v: &Vec<f32>| device.upload_floats("test", v).unwrap();
     let (biases_at, norms_at) = (biases.iter().map(on_device).collect::<Vec<_>>(), norms.each_ref().map(on_device));
     let pairs = key_dim / 2 - 2;
     let frequencies: Vec<f64> = (0..pairs).map(|i| 1000f64.powf(-(i as f64) / pairs as f64)).collect();
-    let state = StepState::new(device, c.heads).unwrap();
+    let state = StepState::new(device, c.heads, 1).unwrap();
     let forms = [Form::Q8Per32, Form::Q8Per256];
     let width = n_heads * value_dim;
     let mut onward = Onward::new(device, &forms, width).unwrap();
@@ -390,14 +392,15 @@ fn attention_case(device: &Device, c: &AttentionCase) {
         let qkv = [&at[0], &at[1], &at[2]];
         let out = device.allocate("out", 4 * n * width).unwrap();
         if n > FEW {
-            rotate(device, &rotation, qkv, &mut cache, first, n).unwrap();
-            attention(device, &cache, &at[0], &out, first, n, c.window).unwrap();
+            rotate(device, &rotation, qkv, &mut cache, sequence, first, n).unwrap();
+            attention(device, &cache, sequence, &at[0], &out, first, n, c.window).unwrap();
         } else {
-            state.begin(first).unwrap();
+            state.begin([(sequence, first)].into_iter()).unwrap();
             // As many blocks as a longer context would have, too.
             for n_splits in [splits(first, n, c.window), 3] {
                 let then = Then { onward: &mut onward, norm: None, forms: &forms };
-                attention_step(device, &rotation, qkv, &mut cache, &out, &state, n, c.window, n_splits, Some(then)).unwrap();
+                let part = StepPart { sequences: 0..1, each: n, window: c.window, n_splits };
+                attention_step(device, &rotation, qkv, &mut cache, &out, &state, &part, Some(then)).unwrap();
                 let Some(next) = &next else { continue };
                 let product = device.allocate("product", 4 * n * 16).unwrap();
                 let job = Job { weights: next, out: &product, add: false };

@@ -6,7 +6,7 @@ use kernels::Pool;
 use kernels::cuda::Device;
 use runtime::gpu::{GpuDecoder, Split, Target, needs};
 use runtime::tokenizer::EncodeOptions;
-use runtime::{Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};
+use runtime::{CacheShape, Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};
 use tests::gpu::devices;
 use tests::{Folder, convert, demo, fixture, fixtures, relative_rms};
 
@@ -18,13 +18,13 @@ fn on_cpu(model: &Model, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
 }
 
 fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType, split: Split) -> Vec<f32> {
-    let (mut decoder, pool) = (GpuDecoder::new(model, device, 128, kv, split, &|_| ()).unwrap(), Pool::new(2));
+    let (mut decoder, pool) = (GpuDecoder::new(model, device, CacheShape::one(128, kv), split, &|_| ()).unwrap(), Pool::new(2));
     // What was planned from the header is what was allocated, to the byte.
     let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
-    let planned = needs(model.hparams(), &tensors, 128, kv, split).unwrap();
+    let planned = needs(model.hparams(), &tensors, CacheShape::one(128, kv), split).unwrap();
     assert_eq!(device.used(), planned.weights + planned.kv + planned.scratch);
     assert!(device.peak() <= planned.peak(), "{} is past {planned:?}", device.peak());
-    parts.iter().flat_map(|p| decoder.forward(&pool, p, Want::From(0)).unwrap().to_vec()).collect()
+    parts.iter().flat_map(|p| decoder.forward(&pool, 0, p, Want::From(0)).unwrap().to_vec()).collect()
 }
 
 /// F16: activations as halves (2^-11) at each of some tens of matmuls, and in attention. Quantized: the same
@@ -46,6 +46,43 @@ fn logits_are_the_cpus() {
     }
 }
 
+/// Sequences side by side, of other lengths each, are what each is alone: some of them and in any order; more than one
+/// launch takes; F16, which has no fused step; a layer on the host.
+#[test]
+fn sequences_side_by_side_are_each_alone() {
+    let folder = Folder::new("gpu-sequences");
+    let pool = Pool::new(2);
+    let shape = CacheShape { sequences: 10, context: 40, kv: KvType::F16 };
+    let prompt = |s: usize| (0..[17, 3, 1, 9][s % 4]).map(|i| (i * 37 + s as u32 * 101 + 5) % 4096).collect::<Vec<u32>>();
+    let steps = [vec![7, 0, 2], (0..10).rev().collect(), vec![3, 9, 1, 0, 4, 5, 6, 7]];
+    for (kind, on_host, tolerance) in [("Q4_K_M", 0, 0.05), ("Q4_K_M", 2, 0.05), ("F16", 0, 2e-3)] {
+        let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
+        let alone = |s: usize, rest: &[u32]| {
+            let mut cache = KvCache::new(model.hparams(), shape.context, shape.kv).unwrap();
+            Decoder::new(&model).forward(&pool, &mut cache, &[&prompt(s), rest].concat(), Want::Last).unwrap().to_vec()
+        };
+        for device in devices(&[false]) {
+            let mut decoder = GpuDecoder::new(&model, &device, shape, Split { on_host }, &|_| ()).unwrap();
+            let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
+            let planned = needs(model.hparams(), &tensors, shape, Split { on_host }).unwrap();
+            assert_eq!(device.used(), planned.weights + planned.kv + planned.scratch);
+            let mut given = vec![vec![]; shape.sequences];
+            for s in 0..shape.sequences {
+                decoder.forward(&pool, s, &prompt(s), Want::Last).unwrap();
+            }
+            for (i, sequences) in steps.iter().enumerate() {
+                let tokens: Vec<u32> = sequences.iter().map(|s| (*s * 13 + i * 7) as u32 + 300).collect();
+                let logits = decoder.step(&pool, sequences, &tokens).unwrap().to_vec();
+                for ((s, t), logits) in sequences.iter().zip(&tokens).zip(logits.chunks_exact(model.vocab())) {
+                    given[*s].push(*t);
+                    let error = relative_rms(logits, &alone(*s, &given[*s]));
+                    assert!(error < tolerance, "{kind}, step {i}, sequence {s}: logits {error} apart on {}", device.name());
+                }
+            }
+        }
+    }
+}
+
 /// A step of few tokens is five launches a layer, the first and the last; from its second time on, one replay.
 #[test]
 fn a_step_is_five_launches_a_layer_and_then_one() {
@@ -53,12 +90,12 @@ fn a_step_is_five_launches_a_layer_and_then_one() {
     let model = Model::open(&convert(&demo(), "Q4_K_M", &folder)).unwrap();
     let layers = model.hparams().n_layers;
     for device in devices(&[false]) {
-        let (mut decoder, pool) = (GpuDecoder::new(&model, &device, 64, KvType::F16, Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
-        decoder.forward(&pool, &[1, 2, 3], Want::Last).unwrap();
+        let (mut decoder, pool) = (GpuDecoder::new(&model, &device, CacheShape::one(64, KvType::F16), Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
+        decoder.forward(&pool, 0, &[1, 2, 3], Want::Last).unwrap();
         let mut steps = vec![];
         for token in 4..8 {
             let before = device.launches();
-            decoder.forward(&pool, &[token], Want::Last).unwrap();
+            decoder.forward(&pool, 0, &[token], Want::Last).unwrap();
             steps.push(device.launches() - before);
         }
         // The second time it is captured too.
@@ -110,7 +147,7 @@ fn greedy_text_is_the_cpus() {
     {
         let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
         let half = Split { on_host: h.n_layers as usize / 2 };
-        let room = needs(h, &tensors, 512, KvType::F16, half).unwrap().peak();
+        let room = needs(h, &tensors, CacheShape::one(512, KvType::F16), half).unwrap().peak();
         let (ids, split) = text(Some(&Device::host(room, false)), 24);
         assert_eq!((ids, split), (text(None, 24).0, Some(half)));
     }
@@ -126,7 +163,7 @@ fn a_file_cut_while_it_is_loaded_is_an_error() {
     let len = std::fs::metadata(&file).unwrap().len();
     std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(len / 2).unwrap();
     let device = Device::host(0, false);
-    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE, &|_| ()).err().unwrap().to_string();
+    let e = GpuDecoder::new(&model, &device, CacheShape::one(128, KvType::F16), Split::WHOLE, &|_| ()).err().unwrap().to_string();
     assert!(e.contains("read") && e.contains(".gguf"), "{e}");
     assert_eq!(device.used(), 0);
 }
@@ -138,7 +175,7 @@ fn a_model_that_does_not_fit_is_refused() {
     let folder = Folder::new("gpu-small");
     let model = Model::open(&convert(&demo(), "Q4_0", &folder)).unwrap();
     let device = Device::host(3 << 20, false);
-    let e = GpuDecoder::new(&model, &device, 128, KvType::F16, Split::WHOLE, &|_| ()).err().unwrap().to_string();
+    let e = GpuDecoder::new(&model, &device, CacheShape::one(128, KvType::F16), Split::WHOLE, &|_| ()).err().unwrap().to_string();
     assert!(e.contains("GPU memory") && e.contains("3145728"), "{e}");
     let e = Session::new(&model, Some((&Device::host(1 << 20, false)).into()), 128, KvType::F16).err().unwrap().to_string();
     assert!(e.contains("the head") && e.contains("1048576"), "{e}");

@@ -57,6 +57,11 @@ pub fn parse_size(s: &str) -> std::result::Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// Texts side by side: at least one, at most what a batch holds.
+pub fn sequences(s: &str) -> Result<u64, String> {
+    s.parse().ok().filter(|n| (1..=512).contains(n)).ok_or_else(|| "a number from 1 to 512".to_owned())
+}
+
 /// A KV cache type by name.
 pub fn kv_type(name: &str) -> Result<KvType> {
     KvType::by_name(name).with_context(|| format!("--kv {name} is unknown; use f16, q8_0 or q4_0 (f32 for parity checks)"))

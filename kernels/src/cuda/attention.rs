@@ -4,6 +4,7 @@ use super::decode::{FEW, Onward, OnwardArgs, Then};
 use super::{Address, Buffer, Device, Shape};
 use crate::attention::KV_BLOCK;
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// How keys and values are stored: `enum KvType`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,9 +38,10 @@ pub struct Heads {
 /// The largest head dimension that `attention.cu` is compiled for.
 const MOST_DIM: usize = 128;
 
-/// One layer's keys and values: [n_kv_heads][capacity][dim] of each.
+/// One layer's keys and values: [sequence][n_kv_heads][capacity][dim] of each.
 pub struct LayerCache {
     heads: Heads,
+    sequences: usize,
     capacity: usize,
     kind: CacheType,
     keys: Buffer,
@@ -55,9 +57,9 @@ struct Store {
 }
 
 impl LayerCache {
-    pub fn bytes_for(heads: Heads, capacity: usize, kind: CacheType) -> [usize; 2] {
+    pub fn bytes_for(heads: Heads, sequences: usize, capacity: usize, kind: CacheType) -> [usize; 2] {
         [heads.key_dim, heads.value_dim].map(|dim| {
-            let (quants, scales) = kind.bytes(heads.n_kv_heads * capacity * dim);
+            let (quants, scales) = kind.bytes(sequences * heads.n_kv_heads * capacity * dim);
             quants.next_multiple_of(16) + scales
         })
     }
@@ -73,17 +75,22 @@ impl LayerCache {
         Ok(())
     }
 
-    pub fn new(device: &Device, heads: Heads, capacity: usize, kind: CacheType) -> Result<LayerCache> {
+    /// For so many sequences of `capacity` tokens.
+    pub fn new(device: &Device, heads: Heads, sequences: usize, capacity: usize, kind: CacheType) -> Result<LayerCache> {
         LayerCache::check(heads, kind)?;
-        let [k, v] = LayerCache::bytes_for(heads, capacity, kind);
-        Ok(LayerCache { heads, capacity, kind, keys: device.allocate("KV cache", k)?, values: device.allocate("KV cache", v)? })
+        let [k, v] = LayerCache::bytes_for(heads, sequences, capacity, kind);
+        let (keys, values) = (device.allocate("KV cache", k)?, device.allocate("KV cache", v)?);
+        Ok(LayerCache { heads, sequences, capacity, kind, keys, values })
     }
 
-    fn stores(&self) -> [Store; 2] {
+    /// Keys and values of these sequences.
+    fn stores(&self, sequences: Range<usize>) -> [Store; 2] {
+        assert!(sequences.start <= sequences.end && sequences.end <= self.sequences, "sequences {sequences:?} of {}", self.sequences);
         [(&self.keys, self.heads.key_dim), (&self.values, self.heads.value_dim)].map(|(buffer, dim)| {
-            let (quants, scales) = self.kind.bytes(self.heads.n_kv_heads * self.capacity * dim);
-            let aligned = quants.next_multiple_of(16);
-            Store { quants: buffer.part(0, quants), scales: buffer.part(aligned, scales) }
+            let bytes = |n: usize| self.kind.bytes(n * self.heads.n_kv_heads * self.capacity * dim);
+            let ((before, scales_before), (quants, scales)) = (bytes(sequences.start), bytes(sequences.len()));
+            let all_quants = bytes(self.sequences).0.next_multiple_of(16);
+            Store { quants: buffer.part(before, quants), scales: buffer.part(all_quants + scales_before, scales) }
         })
     }
 }
@@ -128,18 +135,20 @@ struct RotateArgs {
 }
 
 impl RotateArgs {
-    fn new(r: &Rotation<'_>, qkv: [&Buffer; 3], cache: &LayerCache, n_tokens: usize) -> RotateArgs {
+    /// Of these rows of `qkv`, which go to the `stores` of `cache`.
+    fn new(r: &Rotation<'_>, qkv: [&Buffer; 3], cache: &LayerCache, stores: [Store; 2], tokens: Range<usize>) -> RotateArgs {
         let h = cache.heads;
         assert!(2 * r.pairs <= h.key_dim && (r.pairs == 0 || r.tables.is_some()));
         let rows = [h.n_kv_heads * h.group * h.key_dim, h.n_kv_heads * h.key_dim, h.n_kv_heads * h.value_dim];
-        let [keys, values] = cache.stores();
+        let [keys, values] = stores;
         let or_null = |b: Option<&Buffer>, floats: usize| b.map_or(0, |b| b.part(0, 4 * floats));
+        let of_tokens = |b: &Buffer, floats: usize| b.part(4 * tokens.start * floats, 4 * tokens.len() * floats);
         RotateArgs {
-            qkv: std::array::from_fn(|i| qkv[i].part(0, 4 * n_tokens * rows[i])),
+            qkv: std::array::from_fn(|i| of_tokens(qkv[i], rows[i])),
             biases: std::array::from_fn(|i| or_null(r.biases[i], rows[i])),
             norms: r.norms.map(|n| or_null(n, h.key_dim)),
-            tables: std::array::from_fn(|i| or_null(r.tables.map(|t| t[i]), n_tokens * r.pairs)),
-            q_scales: or_null(r.q_scales, n_tokens),
+            tables: std::array::from_fn(|i| r.tables.map_or(0, |t| of_tokens(t[i], r.pairs))),
+            q_scales: r.q_scales.map_or(0, |b| of_tokens(b, 1)),
             keys,
             values,
             n_heads: (h.n_kv_heads * h.group) as u32,
@@ -164,19 +173,21 @@ struct RotateManyArgs {
     padding: u32,
 }
 
-/// Queries are rotated in place, keys and values go to the cache from `first_position` on.
+/// Queries are rotated in place, keys and values go to the cache of a sequence from `first_position` on.
 /// `qkv`: [token][heads · dim] of each.
 pub fn rotate(
     device: &Device,
     r: &Rotation<'_>,
     qkv: [&Buffer; 3],
     cache: &mut LayerCache,
+    sequence: usize,
     first_position: usize,
     n_tokens: usize,
 ) -> Result<()> {
     let h = cache.heads;
     assert!(n_tokens > 0 && first_position + n_tokens <= cache.capacity, "the cache is full");
-    let args = RotateManyArgs { rotation: RotateArgs::new(r, qkv, cache, n_tokens), first_position: first_position as u32, padding: 0 };
+    let rotation = RotateArgs::new(r, qkv, cache, cache.stores(sequence..sequence + 1), 0..n_tokens);
+    let args = RotateManyArgs { rotation, first_position: first_position as u32, padding: 0 };
     let heads = h.n_kv_heads * (h.group + 2);
     let shape = Shape { grid: [heads as u32, n_tokens as u32, 1], threads: 32, shared: 4 * MOST_DIM as u32 };
     // SAFETY: RotateManyArgs; every buffer was checked by `part`, and positions by the assertion.
@@ -202,17 +213,19 @@ struct AttentionArgs {
     kv_type: u32,
     n_splits: u32,
     scale: f32,
-    padding: u32,
+    first_token: u32,
 }
 
-/// `struct StepArgs`.
+/// `struct StepArgs`: `places` are of its sequences.
 #[repr(C)]
 struct StepArgs {
     attention: AttentionArgs,
     rotation: RotateArgs,
     onward: OnwardArgs,
-    first_position: Address,
+    places: Address,
     arrived: Address,
+    blocks: u32,
+    all_tokens: u32,
 }
 
 /// Rows (tokens × query heads of a group) of a warp, warps of a block, and the positions and padding of a tile in shared memory.
@@ -225,16 +238,18 @@ const SPLIT_MIN: usize = 256;
 const MOST_SPLITS: usize = 64;
 
 impl AttentionArgs {
-    fn new(cache: &LayerCache, q: &Buffer, out: &Buffer, n_tokens: usize, window: usize) -> AttentionArgs {
+    /// Of these rows of `q` and `out`, over the `stores` of `cache`.
+    fn new(cache: &LayerCache, stores: [Store; 2], q: &Buffer, out: &Buffer, tokens: Range<usize>, window: usize) -> AttentionArgs {
         let (h, heads) = (cache.heads, cache.heads.n_kv_heads * cache.heads.group);
-        let [keys, values] = cache.stores();
+        let [keys, values] = stores;
+        let of_tokens = |b: &Buffer, dim: usize| b.part(4 * tokens.start * heads * dim, 4 * tokens.len() * heads * dim);
         AttentionArgs {
-            q: q.part(0, 4 * n_tokens * heads * h.key_dim),
-            out: out.part(0, 4 * n_tokens * heads * h.value_dim),
+            q: of_tokens(q, h.key_dim),
+            out: of_tokens(out, h.value_dim),
             partial: 0,
             keys,
             values,
-            n_tokens: n_tokens as u32,
+            n_tokens: tokens.len() as u32,
             n_kv_heads: h.n_kv_heads as u32,
             group: h.group as u32,
             key_dim: h.key_dim as u32,
@@ -245,7 +260,7 @@ impl AttentionArgs {
             kv_type: cache.kind as u32,
             n_splits: 1,
             scale: std::f32::consts::LOG2_E / (h.key_dim as f32).sqrt(),
-            padding: 0,
+            first_token: 0,
         }
     }
 }
@@ -256,11 +271,12 @@ fn compiled(h: Heads) -> (usize, usize) {
     (d, 2 * TILE * (d + PADDING) * 2)
 }
 
-/// Attention of tokens `first_position..` over the cache, their own keys and values already in it.
+/// Attention of tokens `first_position..` of a sequence over its cache, their own keys and values already in it.
 /// `q`, `out`: [token][heads · dim]; `window`: positions a token sees, its own included.
 pub fn attention(
     device: &Device,
     cache: &LayerCache,
+    sequence: usize,
     q: &Buffer,
     out: &Buffer,
     first_position: usize,
@@ -269,7 +285,8 @@ pub fn attention(
 ) -> Result<()> {
     let h = cache.heads;
     assert!(n_tokens > 0 && first_position + n_tokens <= cache.capacity);
-    let args = AttentionArgs { first_position: first_position as u32, ..AttentionArgs::new(cache, q, out, n_tokens, window) };
+    let stores = cache.stores(sequence..sequence + 1);
+    let args = AttentionArgs { first_position: first_position as u32, ..AttentionArgs::new(cache, stores, q, out, 0..n_tokens, window) };
     let (d, tile) = compiled(h);
     let name = if d == 64 { "attention_many_64" } else { "attention_many_128" };
     let blocks = (n_tokens * h.group).div_ceil(ROWS * WARPS);
@@ -278,10 +295,10 @@ pub fn attention(
     unsafe { device.launch(name, shape, &args) }
 }
 
-/// Of a step of a few tokens, for all layers: where its tokens begin, and what its blocks leave for each other.
+/// Of a step, for all layers: where its tokens belong, and what its blocks leave for each other.
 pub struct StepState {
-    /// One u32.
-    first_position: Buffer,
+    /// [sequence of the step] `struct Place`.
+    places: Buffer,
     /// [split][token][head][value_dim + 2]
     partial: Buffer,
     /// [KV head][block of rows], zeros between launches.
@@ -289,36 +306,53 @@ pub struct StepState {
 }
 
 impl StepState {
-    /// Bytes of its buffers.
-    pub fn bytes_for(h: Heads) -> [u64; 3] {
-        let rows = FEW * h.group;
-        let partial = MOST_SPLITS * rows * h.n_kv_heads * (h.value_dim + 2);
-        [4, 4 * partial as u64, 4 * (h.n_kv_heads * rows.div_ceil(ROWS)) as u64]
+    /// Bytes of its buffers, of steps that `sequences` take part in at most.
+    pub fn bytes_for(h: Heads, sequences: usize) -> [u64; 3] {
+        let partial = MOST_SPLITS * FEW * h.group * h.n_kv_heads * (h.value_dim + 2);
+        // A block's rows are of one sequence.
+        let blocks = h.n_kv_heads * FEW * h.group.div_ceil(ROWS);
+        [8 * sequences as u64, 4 * partial as u64, 4 * blocks as u64]
     }
 
-    pub fn new(device: &Device, h: Heads) -> Result<StepState> {
-        let [position, partial, arrived] = StepState::bytes_for(h).map(|b| b as usize);
+    pub fn new(device: &Device, h: Heads, sequences: usize) -> Result<StepState> {
+        let [places, partial, arrived] = StepState::bytes_for(h, sequences).map(|b| b as usize);
         Ok(StepState {
-            first_position: device.allocate("scratch", position)?,
+            places: device.allocate("scratch", places)?,
             partial: device.allocate("scratch", partial)?,
             arrived: device.upload("scratch", &vec![0; arrived])?,
         })
     }
 
-    pub fn begin(&self, first_position: usize) -> Result<()> {
-        self.first_position.write(0, &(first_position as u32).to_le_bytes())
+    /// The sequences that take part, and the position of the first token of each.
+    pub fn begin(&self, places: impl Iterator<Item = (usize, usize)>) -> Result<()> {
+        let bytes: Vec<u8> = places.flat_map(|(s, at)| [s as u32, at as u32]).flat_map(u32::to_le_bytes).collect();
+        self.places.write(0, &bytes)
     }
 }
 
-/// Parts of the context that blocks of their own see to, in a step from `first_position` on: the same over ranges of
-/// positions, so that a captured launch serves them all.
+/// What takes part in a launch of [`attention_step`].
+#[derive(Debug, Clone)]
+pub struct StepPart {
+    /// Of those that [`StepState::begin`] was told of.
+    pub sequences: Range<usize>,
+    /// Tokens of each; of all together, [`FEW`] at most.
+    pub each: usize,
+    /// Positions that a token sees, its own included.
+    pub window: usize,
+    /// See [`splits`].
+    pub n_splits: usize,
+}
+
+/// Parts of the context that blocks of their own see to, in a step from `first_position` on (of several sequences, the
+/// largest): the same over ranges of positions, so that a captured launch serves them all.
 pub fn splits(first_position: usize, n_tokens: usize, window: usize) -> usize {
     let seen = (first_position + n_tokens).min(window.saturating_add(n_tokens));
     (seen.next_power_of_two() / SPLIT_MIN).clamp(1, MOST_SPLITS)
 }
 
 /// A few tokens from where `state` says: `rotate`, then attention, then what `then` says.
-/// `qkv` as the projections left them; `out` as of [`attention`]. All positions are within the cache, by the caller.
+/// `qkv` as the projections left them, `out` as of [`attention`], both of all sequences that `state` was told of.
+/// All sequences and positions are within the cache, by the caller of `begin`.
 pub fn attention_step(
     device: &Device,
     r: &Rotation<'_>,
@@ -326,33 +360,38 @@ pub fn attention_step(
     cache: &mut LayerCache,
     out: &Buffer,
     state: &StepState,
-    n_tokens: usize,
-    window: usize,
-    n_splits: usize,
+    part: &StepPart,
     then: Option<Then<'_>>,
 ) -> Result<()> {
     let h = cache.heads;
-    let (rows, heads) = (n_tokens * h.group, h.n_kv_heads * h.group);
-    assert!((1..=FEW).contains(&n_tokens) && (1..=MOST_SPLITS).contains(&n_splits));
-    let blocks = rows.div_ceil(ROWS);
+    let (n_sequences, heads) = (part.sequences.len(), h.n_kv_heads * h.group);
+    let n_tokens = n_sequences * part.each;
+    let tokens = part.sequences.start * part.each..part.sequences.end * part.each;
+    assert!((1..=FEW).contains(&n_tokens) && (1..=MOST_SPLITS).contains(&part.n_splits));
+    let blocks_each = (part.each * h.group).div_ceil(ROWS);
+    let blocks = n_sequences * blocks_each;
+    let stores = cache.stores(0..cache.sequences);
     let args = StepArgs {
         attention: AttentionArgs {
-            partial: state.partial.part(0, 4 * n_splits * n_tokens * heads * (h.value_dim + 2)),
-            n_splits: n_splits as u32,
-            ..AttentionArgs::new(cache, qkv[0], out, n_tokens, window)
+            partial: state.partial.part(0, 4 * part.n_splits * n_tokens * heads * (h.value_dim + 2)),
+            n_splits: part.n_splits as u32,
+            n_tokens: part.each as u32,
+            ..AttentionArgs::new(cache, stores, qkv[0], out, tokens.clone(), part.window)
         },
-        rotation: RotateArgs::new(r, qkv, cache, n_tokens),
+        rotation: RotateArgs::new(r, qkv, cache, stores, tokens),
         onward: Onward::take(then, n_tokens, heads * h.value_dim),
-        first_position: state.first_position.part(0, 4),
+        places: state.places.part(8 * part.sequences.start, 8 * n_sequences),
         arrived: state.arrived.part(0, 4 * h.n_kv_heads * blocks),
+        blocks: blocks_each as u32,
+        all_tokens: n_tokens as u32,
     };
     let (d, tile) = compiled(h);
     let name = if d == 64 { "attention_step_64" } else { "attention_step_128" };
     let shape = Shape {
-        grid: [blocks as u32, h.n_kv_heads as u32, n_splits as u32],
+        grid: [blocks as u32, h.n_kv_heads as u32, part.n_splits as u32],
         threads: 32 * WARPS as u32,
         shared: (WARPS * tile.max(ROWS * (d + 2) * 4) + 16) as u32,
     };
-    // SAFETY: StepArgs; every buffer was checked by `part` or `Onward::take`, positions by the caller of `begin`.
+    // SAFETY: StepArgs; every buffer was checked by `part` or `Onward::take`, places by the caller of `begin`.
     unsafe { device.launch(name, shape, &args) }
 }

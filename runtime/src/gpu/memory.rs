@@ -4,7 +4,7 @@
 use super::step::Few;
 use crate::decoder::BATCH;
 use crate::error::{Error, Result};
-use crate::kv_cache::KvType;
+use crate::kv_cache::{CacheShape, KvType};
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
 use kernels::cuda::{CacheType, Form, GRANULE, Heads, Inputs, LayerCache, WeightMatrix};
@@ -54,8 +54,8 @@ fn counted(bytes: u64) -> u64 {
 }
 
 /// What [`super::GpuDecoder::new`] will allocate; `tensors` are the file's.
-pub fn needs(h: &Hparams, tensors: &[TensorInfo], ctx: usize, kv: KvType, split: Split) -> Result<Needs> {
-    LayerCache::check(heads(h), cache_type(kv)?)?;
+pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Split) -> Result<Needs> {
+    LayerCache::check(heads(h), cache_type(cache.kv)?)?;
     let tied = !tensors.iter().any(|t| t.name() == "output.weight");
     let (mut weights, mut staging) = (0, 0);
     let mut forms: Vec<Form> = vec![];
@@ -77,7 +77,7 @@ pub fn needs(h: &Hparams, tensors: &[TensorInfo], ctx: usize, kv: KvType, split:
         }
     }
     let layers = h.n_layers.saturating_sub(split.on_host as u64);
-    let (kv, scratch) = beside(h, &forms, layers, ctx, kv)?;
+    let (kv, scratch) = beside(h, &forms, layers, cache)?;
     Ok(Needs { weights, kv, scratch, staging })
 }
 
@@ -89,23 +89,29 @@ pub fn host_bytes(h: &Hparams, tensors: &[TensorInfo], split: Split) -> u64 {
 
 /// Bytes of KV cache and scratch beside weights of any quantized type, all layers on the GPU, and
 /// what counting each of `n_tensors` in whole granules can add to their sum.
-pub fn beside_weights(h: &Hparams, n_tensors: usize, ctx: usize, kv: KvType) -> Result<u64> {
-    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, ctx, kv)?;
+pub fn beside_weights(h: &Hparams, n_tensors: usize, cache: CacheShape) -> Result<u64> {
+    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, cache)?;
     Ok(kv + scratch + n_tensors as u64 * GRANULE)
 }
 
-fn beside(h: &Hparams, forms: &[Form], layers: u64, ctx: usize, kv: KvType) -> Result<(u64, u64)> {
-    let (heads, batch, kind) = (heads(h), BATCH.min(ctx), cache_type(kv)?);
-    let kv = layers * LayerCache::bytes_for(heads, ctx, kind).iter().map(|b| counted(*b as u64)).sum::<u64>();
+/// Tokens that pass through the layers together.
+pub(super) fn batch(cache: CacheShape) -> usize {
+    BATCH.min(cache.context.max(cache.sequences))
+}
+
+fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape) -> Result<(u64, u64)> {
+    let (heads, batch, kind) = (heads(h), batch(cache), cache_type(cache.kv)?);
+    let of_layer = LayerCache::bytes_for(heads, cache.sequences, cache.context, kind);
+    let kv = layers * of_layer.iter().map(|b| counted(*b as u64)).sum::<u64>();
     let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], batch, widest(h)))).sum();
-    let step: u64 = Few::bytes_for(h, heads, forms).into_iter().map(counted).sum();
+    let step: u64 = Few::bytes_for(h, heads, forms, batch.min(cache.sequences)).into_iter().map(counted).sum();
     Ok((kv, inputs + step + scratch_floats(h, batch).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
 }
 
-/// The most layers that `budget` bytes hold with a cache of `ctx` tokens; None if not even the head.
-pub fn best_split(h: &Hparams, tensors: &[TensorInfo], ctx: usize, kv: KvType, budget: u64) -> Result<Option<Split>> {
+/// The most layers that `budget` bytes hold with such a cache; None if not even the head.
+pub fn best_split(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, budget: u64) -> Result<Option<Split>> {
     for on_host in 0..=h.n_layers as usize {
-        if needs(h, tensors, ctx, kv, Split { on_host })?.peak() <= budget {
+        if needs(h, tensors, cache, Split { on_host })?.peak() <= budget {
             return Ok(Some(Split { on_host }));
         }
     }

@@ -5,7 +5,7 @@ use super::{Layer, Scratch, forms};
 use crate::error::Result;
 use gguf::Hparams;
 use kernels::cuda::{
-    Buffer, Device, FEW, Form, Graph, Heads, Job, LayerCache, Onward, Product, StepState, Then, Top, WeightMatrix, attention_step,
+    Buffer, Device, FEW, Form, Graph, Heads, Job, LayerCache, Onward, Product, StepPart, StepState, Then, Top, WeightMatrix, attention_step,
     decode_begin, decode_matmul,
 };
 use std::collections::HashMap;
@@ -13,6 +13,8 @@ use std::collections::HashMap;
 /// What a captured step depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Kind {
+    pub n_sequences: usize,
+    /// Of all of them together.
     pub n_tokens: usize,
     pub n_splits: usize,
     pub head: Head,
@@ -69,10 +71,10 @@ impl Few {
         (h.n_experts == 0 && forms.iter().all(|f| f.is_quantized())).then_some([h.hidden as usize, inner as usize])
     }
 
-    /// Bytes of each buffer that `new`, a `StepState` and a `Top` allocate.
-    pub fn bytes_for(h: &Hparams, heads: Heads, forms: &[Form]) -> Vec<u64> {
+    /// Bytes of each buffer that `new`, a `StepState` for so many sequences and a `Top` allocate.
+    pub fn bytes_for(h: &Hparams, heads: Heads, forms: &[Form], sequences: usize) -> Vec<u64> {
         let inputs = Few::widths(h, forms).into_iter().flatten().flat_map(|w| Onward::bytes_for(forms, w));
-        inputs.chain(StepState::bytes_for(heads)).chain(Top::bytes_for(h.vocab as usize)).collect()
+        inputs.chain(StepState::bytes_for(heads, sequences)).chain(Top::bytes_for(h.vocab as usize)).collect()
     }
 
     /// Runs the tokens whose hidden states are in `scratch.x`, from where `state` says.
@@ -111,18 +113,9 @@ impl Few {
             let [q, k, v] = &s.qkv;
             decode_matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], Product::Each, stream, eps, None)?;
             let then = Then { onward: &mut *inner, norm: None, forms: &[layer.output.form()] };
-            attention_step(
-                d,
-                &layer.rotation(p.h, s, p.pairs),
-                [q, k, v],
-                cache,
-                &s.attended,
-                p.state,
-                n,
-                p.window,
-                kind.n_splits,
-                Some(then),
-            )?;
+            let part =
+                StepPart { sequences: 0..kind.n_sequences, each: n / kind.n_sequences, window: p.window, n_splits: kind.n_splits };
+            attention_step(d, &layer.rotation(p.h, s, p.pairs), [q, k, v], cache, &s.attended, p.state, &part, Some(then))?;
             let wanted = forms(&[&mlp.gate, &mlp.up]);
             let then = Then { onward: &mut *stream, norm: Some(&mlp.norm), forms: &wanted };
             decode_matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], Product::Each, inner, eps, Some(then))?;

@@ -9,7 +9,7 @@ use crate::model::{Mlp, Weight};
 use kernels::vecmath;
 
 pub(crate) fn run(step: &Step, norm: &[f32], router: &Weight, experts: &[Mlp], s: &mut Scratch) {
-    let (n, hidden) = (step.n_tokens, step.h.hidden as usize);
+    let (n, hidden) = (step.n_tokens(), step.h.hidden as usize);
     let used = step.h.n_experts_used as usize;
     let Scratch { x, normed, gate, up, quantized, expert_out, router_scores, .. } = s;
     let scores = &mut router_scores[..n * experts.len()];

@@ -6,7 +6,7 @@ use crate::model::{FeedForwardWeights, Layer};
 use kernels::vecmath;
 
 pub(crate) fn run(step: &Step, layer: &Layer, s: &mut Scratch) {
-    let (n, hidden) = (step.n_tokens, step.h.hidden as usize);
+    let (n, hidden) = (step.n_tokens(), step.h.hidden as usize);
     if n == 0 {
         return;
     }

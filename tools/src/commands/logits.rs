@@ -4,7 +4,7 @@ use crate::common;
 use anyhow::{Context, Result};
 use kernels::Pool;
 use runtime::gpu::Target;
-use runtime::{Engine, Want};
+use runtime::{CacheShape, Engine, Want};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
 
@@ -37,14 +37,14 @@ pub fn run(a: Args) -> Result<()> {
     let model = common::open_model(&a.model)?;
     let pool = Pool::new(a.threads);
     let device = a.placement.device()?;
-    let mut engine = Engine::new(&model, device.as_ref().map(Target::from), ids.len().max(1), kv)?;
+    let mut engine = Engine::new(&model, device.as_ref().map(Target::from), CacheShape::one(ids.len().max(1), kv))?;
     let step = if a.one_by_one { 1 } else { ids.len().max(1) };
     let mut logits = Vec::new();
     if ids.is_empty() {
         return Err(runtime::Error::EmptyPrompt.into());
     }
     for chunk in ids.chunks(step) {
-        logits.extend_from_slice(engine.forward(&pool, chunk, Want::From(0))?);
+        logits.extend_from_slice(engine.forward(&pool, 0, chunk, Want::From(0))?);
     }
     let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![ids.len(), model.vocab()], &bytes)?;

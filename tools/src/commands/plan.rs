@@ -18,6 +18,9 @@ pub struct Args {
     /// Context in tokens [default: the largest that fits]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     ctx: u64,
+    /// Texts side by side, each with a context of its own
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = common::sequences)]
+    sequences: u64,
     /// KV cache type: f16, q8_0 or q4_0
     #[arg(long, default_value = "f16")]
     kv: String,
@@ -39,7 +42,7 @@ pub fn run(a: Args) -> Result<()> {
         Some(r) => r,
         None => runtime::available_memory().ok_or_else(|| anyhow::anyhow!("the memory of this system is not known; give --ram SIZE"))?,
     };
-    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, kv, ram, vram: a.vram })?;
+    let plan = runtime::plan::plan(&h, &tensors, &Request { ctx: a.ctx, sequences: a.sequences, kv, ram, vram: a.vram })?;
     if a.json { common::print_json(&to_json(&plan)) } else { print(&plan, &h, &a.kv) }
 }
 

@@ -241,7 +241,7 @@ fn measure(a: &Args, pool: &Pool, reference: &Model, text: &str, label: &str, pa
     let speed = if a.no_bench {
         None
     } else {
-        let spec = bench::Spec { prompt: 256, n: 32, depth: 0, reps: 3, kv: KvType::F16 };
+        let spec = bench::Spec { prompt: 256, n: 32, depth: 0, sequences: 1, reps: 3, kv: KvType::F16 };
         let (rows, _, _) = bench::measure(pool, &model, None, &spec)?;
         let of = |test: &str| rows.iter().find(|r| r.test == test).map_or(0.0, bench::Row::median);
         let isa = kernels::isa::selected().to_owned();
