@@ -10,7 +10,7 @@ use crate::tensor_info::TensorInfo;
 use crate::value::{Metadata, Value, write_string};
 use byteorder::{LittleEndian, WriteBytesExt};
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,7 +91,8 @@ pub(crate) fn write_header(out: &mut Vec<u8>, metadata: &Metadata, tensors: &[Te
 
 /// A file that bears its name only once it is whole and synced; its temporary goes if this is dropped before.
 pub struct PartFile {
-    out: Mutex<Out>,
+    file: File,
+    syncing: Mutex<Syncing>,
     /// Where `write` goes on.
     end: u64,
     part: PathBuf,
@@ -101,29 +102,11 @@ pub struct PartFile {
     finished: bool,
 }
 
-struct Out {
-    file: File,
+#[derive(Default)]
+struct Syncing {
     /// Written since the disk was last asked to take it.
     unsynced: u64,
     ahead: SyncAhead,
-}
-
-impl Out {
-    fn write_at(&mut self, start: u64, bytes: &[u8]) -> std::io::Result<()> {
-        self.file.seek(SeekFrom::Start(start))?;
-        self.file.write_all(bytes)?;
-        self.unsynced += bytes.len() as u64;
-        if self.unsynced >= SYNC_EVERY {
-            self.unsynced = 0;
-            self.ahead.begin(&self.file)?;
-        }
-        Ok(())
-    }
-
-    fn sync(&mut self) -> std::io::Result<()> {
-        self.ahead.end()?;
-        self.file.sync_all()
-    }
 }
 
 impl PartFile {
@@ -135,8 +118,7 @@ impl PartFile {
         }
         let part = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
         let file = File::create(&part).map_err(|source| Error::Io { action: "create", path: part.clone(), source })?;
-        let out = Mutex::new(Out { file, unsynced: 0, ahead: SyncAhead::default() });
-        Ok(PartFile { out, end: 0, part, target: target.to_owned(), needed, finished: false })
+        Ok(PartFile { file, syncing: Mutex::default(), end: 0, part, target: target.to_owned(), needed, finished: false })
     }
 
     /// The next bytes. Unbuffered: give it many at a time.
@@ -148,20 +130,44 @@ impl PartFile {
 
     /// From any thread. What lies between pieces is zero.
     fn write_at(&self, start: u64, bytes: &[u8]) -> Result<()> {
-        // One at a time, as the system's own lock on a file would have it.
-        self.out.lock().unwrap_or_else(|e| e.into_inner()).write_at(start, bytes).map_err(|e| self.io("write", e))
+        self.write_piece(start, bytes).and_then(|()| self.sync_ahead(bytes.len() as u64)).map_err(|e| self.io("write", e))
+    }
+
+    /// Threads wait for each other in the system, which lets them spin that moment; in a lock of our own they would sleep.
+    #[cfg(unix)]
+    fn write_piece(&self, start: u64, bytes: &[u8]) -> std::io::Result<()> {
+        std::os::unix::fs::FileExt::write_all_at(&self.file, bytes, start)
+    }
+
+    /// One at a time, as a file has one place where it is written.
+    #[cfg(not(unix))]
+    fn write_piece(&self, start: u64, bytes: &[u8]) -> std::io::Result<()> {
+        use std::io::{Seek, SeekFrom};
+        let _one = self.syncing.lock().unwrap_or_else(|e| e.into_inner());
+        (&self.file).seek(SeekFrom::Start(start))?;
+        (&self.file).write_all(bytes)
+    }
+
+    /// After so many bytes more.
+    fn sync_ahead(&self, bytes: u64) -> std::io::Result<()> {
+        let mut s = self.syncing.lock().unwrap_or_else(|e| e.into_inner());
+        s.unsynced += bytes;
+        if s.unsynced >= SYNC_EVERY {
+            s.unsynced = 0;
+            s.ahead.begin(&self.file)?;
+        }
+        Ok(())
     }
 
     /// Makes it `length` bytes, those after the last written being zero.
-    fn pad_to(&mut self, length: u64) -> Result<()> {
-        let grown = self.out.get_mut().unwrap_or_else(|e| e.into_inner()).file.set_len(length);
-        grown.map_err(|e| self.io("write", e))
+    fn pad_to(&self, length: u64) -> Result<()> {
+        self.file.set_len(length).map_err(|e| self.io("write", e))
     }
 
     /// Syncs, renames, and syncs the folder.
     pub fn finish(mut self) -> Result<()> {
-        let synced = self.out.get_mut().unwrap_or_else(|e| e.into_inner()).sync();
-        synced.map_err(|e| self.io("sync", e))?;
+        let ahead = self.syncing.get_mut().unwrap_or_else(|e| e.into_inner()).ahead.end();
+        ahead.and_then(|()| self.file.sync_all()).map_err(|e| self.io("sync", e))?;
         std::fs::rename(&self.part, &self.target).map_err(|source| Error::Io { action: "rename to", path: self.target.clone(), source })?;
         self.finished = true;
         sync_folder(&self.target);

@@ -16,7 +16,7 @@ use gguf::{BlockType, Layout, Writer};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Weights of a piece: enough that a call of the system to write them is nothing beside them, little enough for L2.
 const PIECE: usize = 256 << 10;
@@ -24,6 +24,10 @@ const PIECE: usize = 256 << 10;
 const CHUNK: usize = 8 << 10;
 /// Pieces after which the source's pages are given back.
 const RELEASE_EVERY: usize = 32;
+
+/// Tensors under way at a time: while the last pieces of one are made, those of the next are begun. One, where each
+/// has statistics in memory.
+const TENSORS: usize = 2;
 
 /// What a conversion tells its caller while it runs.
 pub trait Progress: Sync {
@@ -50,12 +54,33 @@ pub fn convert_each(plan: &Plan, outputs: &[(Layout, PathBuf)], threads: usize, 
     let pool = pool(threads)?;
     let writers = outputs.iter().map(|(layout, target)| Writer::create(target, layout.clone())).collect::<gguf::Result<Vec<_>>>()?;
     let layouts: Vec<&Layout> = outputs.iter().map(|o| &o.0).collect();
-    (0..plan.layout().tensors().len()).try_for_each(|i| {
+    let at_once = if plan.calibration().is_some() { 1 } else { TENSORS.min(pool.current_num_threads()) };
+    in_order(plan.layout().tensors().len(), at_once, |i| {
         let out = |file: usize, at: usize, bytes: &[u8]| Ok(writers[file].put(i, at as u64, bytes)?);
         convert_tensor(plan, &layouts, i, &[], &pool, progress, &out)
     })?;
     plan.check_source()?;
     Ok(writers.into_iter().try_for_each(Writer::finish)?)
+}
+
+/// Does 0, 1, .. up to `n`, `at_once` of them side by side; none is begun after one failed.
+fn in_order(n: usize, at_once: usize, each: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || loop {
+        let i = next.fetch_add(1, Ordering::Relaxed);
+        if i >= n {
+            return Ok(());
+        }
+        if let Err(e) = each(i) {
+            next.store(n, Ordering::Relaxed);
+            return Err(e);
+        }
+    };
+    std::thread::scope(|s| {
+        let others: Vec<_> = (1..at_once).map(|_| s.spawn(work)).collect();
+        let done = work();
+        others.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).fold(done, Result::and)
+    })
 }
 
 /// A conversion whose caller says which tensor comes next, and is given its bytes.
@@ -245,14 +270,17 @@ impl Matrix<'_> {
         for done in (0..n).step_by(chunk) {
             let rows = chunk.min(n - done);
             buffers.x.resize(rows * self.cols, 0.0);
+            let mut chunk_finite = true;
             for (r, x) in buffers.x.chunks_exact_mut(self.cols).enumerate() {
                 let row = first + done + r;
                 if row + 1 < first + n {
                     self.values.prefetch(row + 1);
                 }
                 self.values.read(row, x);
+                // While the row is in L1.
+                chunk_finite &= self.check(x);
             }
-            if !self.check(&buffers.x) {
+            if !chunk_finite {
                 finite = false; // The file will not be finished; do not feed the search what it cannot rank.
                 continue;
             }

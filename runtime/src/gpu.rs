@@ -175,7 +175,7 @@ impl<'m> GpuDecoder<'m> {
         let cache = (0..layers.len()).map(cache).collect::<kernels::Result<Vec<_>>>()?;
         let inputs = Inputs::new(device, &forms, batch, widest(h))?;
         let state = StepState::new(device, heads, batch.min(shape.sequences))?;
-        let (top, few) = ( Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
+        let (top, few) = (Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
         let mut lengths = scratch_floats(h, batch).into_iter();
         let mut next = || device.allocate("scratch", 4 * lengths.next().unwrap_or(0));
         let scratch = Scratch {

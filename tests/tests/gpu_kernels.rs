@@ -4,8 +4,8 @@
 
 use gguf::{BlockType, blocks};
 use kernels::cuda::{
-    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then, Top,
-    WeightMatrix,
+    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then,
+    Top, WeightMatrix,
 };
 use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, matmul, rotate, splits};
 use kernels::matmul::reference;

@@ -90,7 +90,8 @@ fn a_step_is_five_launches_a_layer_and_then_one() {
     let model = Model::open(&convert(&demo(), "Q4_K_M", &folder)).unwrap();
     let layers = model.hparams().n_layers;
     for device in devices(&[false]) {
-        let (mut decoder, pool) = (GpuDecoder::new(&model, &device, CacheShape::one(64, KvType::F16), Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
+        let (mut decoder, pool) =
+            (GpuDecoder::new(&model, &device, CacheShape::one(64, KvType::F16), Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
         decoder.forward(&pool, 0, &[1, 2, 3], Want::Last).unwrap();
         let mut steps = vec![];
         for token in 4..8 {

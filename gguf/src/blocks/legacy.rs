@@ -2,7 +2,7 @@
 //! reference encoders, which these reproduce bit for bit.
 
 use super::plain::{f16_to_f32, f32_to_f16};
-use super::rounding::integer_part;
+use super::rounding::{integer_part, inverse};
 use half::f16;
 
 #[inline(always)]
@@ -37,10 +37,36 @@ pub fn signed_peak(x: &[f32]) -> f32 {
     let key = |v: f32| v.to_bits().rotate_left(1);
     let peak = greatest(x, 0, key);
     if x.iter().fold(false, |seen, v| seen | (key(*v) == peak ^ 1)) || peak <= 1 {
-        // Both signs have it, so that the order decides, or all are zero.
-        return x.iter().copied().find(|v| key(*v) | 1 == peak | 1 && peak > 1).unwrap_or(0.0);
+        return first_peak(x, peak);
     }
     f32::from_bits(peak.rotate_right(1))
+}
+
+/// Where both signs have the largest magnitude, so that the order decides, or all are zero. Apart, as its loop would
+/// be written out, and all values loaded one by one before it is known whether it runs.
+#[cold]
+#[inline(never)]
+fn first_peak(x: &[f32], peak: u32) -> f32 {
+    x.iter().copied().find(|v| v.to_bits().rotate_left(1) | 1 == peak | 1 && peak > 1).unwrap_or(0.0)
+}
+
+/// Blocks whose scales are found before their quants: sixteen divide, and become halves, as one vector. A Q4_0
+/// conversion is 5 % faster for it; Q8_0, whose peaks are quickly found, lost 6 %.
+pub const SCALES: usize = 16;
+
+/// Scales `of` the next `SCALES` blocks of 32 values, or of those that are left, and the inverse of each.
+#[inline(always)]
+pub fn scales(x: &[f32], of: impl Fn(&[f32]) -> f32) -> ([f16; SCALES], [f32; SCALES]) {
+    let mut d = [0.0f32; SCALES];
+    for (d, x) in d.iter_mut().zip(x.chunks_exact(32)) {
+        *d = of(x);
+    }
+    let (mut halves, mut inverses) = ([f16::ZERO; SCALES], [0.0; SCALES]);
+    for i in 0..SCALES {
+        halves[i] = f32_to_f16(d[i]);
+        inverses[i] = inverse(d[i]);
+    }
+    (halves, inverses)
 }
 
 /// The largest magnitude.

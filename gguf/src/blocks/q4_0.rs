@@ -2,7 +2,6 @@
 //! of qs[j], value j + 16 the high one: w = d · (q − 8).
 
 use super::legacy::*;
-use super::rounding::inverse;
 use super::{Codec, Encode, Grid, searched};
 
 pub struct Q4_0;
@@ -31,10 +30,12 @@ impl Encode for Q4_0 {
                 Self::pack(q, b);
             });
         }
-        for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(18)) {
-            let d = signed_peak(x) / -8.0;
-            put_f16(b, 0, d);
-            Self::pack(&quants(x, inverse(d), 0.0, 8.5, 15), b);
+        for (x, out) in values.chunks(32 * SCALES).zip(out.chunks_mut(18 * SCALES)) {
+            let (scales, inverses) = scales(x, |x| signed_peak(x) / -8.0);
+            for (i, (x, b)) in x.chunks_exact(32).zip(out.chunks_exact_mut(18)).enumerate() {
+                b[..2].copy_from_slice(&scales[i].to_le_bytes());
+                Self::pack(&quants(x, inverses[i], 0.0, 8.5, 15), b);
+            }
         }
     }
 }

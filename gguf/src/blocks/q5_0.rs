@@ -2,7 +2,6 @@
 //! Q4_0, bit j of qh is value j's fifth bit: w = d · (q − 16).
 
 use super::legacy::*;
-use super::rounding::inverse;
 use super::{Codec, Encode, Grid, searched};
 
 pub struct Q5_0;
@@ -32,10 +31,12 @@ impl Encode for Q5_0 {
                 Self::pack(q, b);
             });
         }
-        for (x, b) in values.chunks_exact(32).zip(out.chunks_exact_mut(22)) {
-            let d = signed_peak(x) / -16.0;
-            put_f16(b, 0, d);
-            Self::pack(&quants(x, inverse(d), 0.0, 16.5, 31), b);
+        for (x, out) in values.chunks(32 * SCALES).zip(out.chunks_mut(22 * SCALES)) {
+            let (scales, inverses) = scales(x, |x| signed_peak(x) / -16.0);
+            for (i, (x, b)) in x.chunks_exact(32).zip(out.chunks_exact_mut(22)).enumerate() {
+                b[..2].copy_from_slice(&scales[i].to_le_bytes());
+                Self::pack(&quants(x, inverses[i], 0.0, 16.5, 31), b);
+            }
         }
     }
 }

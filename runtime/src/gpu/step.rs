@@ -5,8 +5,8 @@ use super::{Layer, Scratch, forms};
 use crate::error::Result;
 use gguf::Hparams;
 use kernels::cuda::{
-    Buffer, Device, FEW, Form, Graph, Heads, Job, LayerCache, Onward, Product, StepPart, StepState, Then, Top, WeightMatrix, attention_step,
-    decode_begin, decode_matmul,
+    Buffer, Device, FEW, Form, Graph, Heads, Job, LayerCache, Onward, Product, StepPart, StepState, Then, Top, WeightMatrix,
+    attention_step, decode_begin, decode_matmul,
 };
 use std::collections::HashMap;
 
@@ -113,8 +113,7 @@ impl Few {
             let [q, k, v] = &s.qkv;
             decode_matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], Product::Each, stream, eps, None)?;
             let then = Then { onward: &mut *inner, norm: None, forms: &[layer.output.form()] };
-            let part =
-                StepPart { sequences: 0..kind.n_sequences, each: n / kind.n_sequences, window: p.window, n_splits: kind.n_splits };
+            let part = StepPart { sequences: 0..kind.n_sequences, each: n / kind.n_sequences, window: p.window, n_splits: kind.n_splits };
             attention_step(d, &layer.rotation(p.h, s, p.pairs), [q, k, v], cache, &s.attended, p.state, &part, Some(then))?;
             let wanted = forms(&[&mlp.gate, &mlp.up]);
             let then = Then { onward: &mut *stream, norm: Some(&mlp.norm), forms: &wanted };
