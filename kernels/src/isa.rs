@@ -66,6 +66,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     type Int: Copy;
     /// 16 × f32.
     type Float: Copy;
+    /// A factor of integers for each quarter of the lanes.
+    type Scales: Copy;
+    /// A factor of floats for each quarter of the lanes.
+    type Quarters: Copy;
+    /// What a row's products add up in, in any lanes. Four rows have one each, beside what they share.
+    type RowSum: Copy;
 
     /// The token, if this CPU has every feature of the row.
     fn detect() -> Option<Self>;
@@ -97,14 +103,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn zero_int(self) -> Self::Int;
     /// acc + groups of four products, `u` unsigned below 128, `s` signed in −127..=127.
     fn dot_unsigned(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes) -> Self::Int;
-    /// acc + scale · groups of four products in each lane; `u` ≤ 63, scales of `quarter_scales`.
-    fn dot_scaled(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes, scale: Self::Int) -> Self::Int;
-    /// Four vectors of scales for `dot_scaled`: quarter k of vector j is v\[4j + k\], signed.
-    fn quarter_scales(self, v: &[u8; 16]) -> [Self::Int; 4];
-    /// Of bytes s₀–s₃ m₀–m₃ s₄–s₇ m₄–m₇: four vectors of scales for
-    /// `dot_scaled`, whose halves are s₀ s₂, s₁ s₃, s₄ s₆ and s₅ s₇; and the
+    /// acc + scale · groups of four products, in any lanes; `u` ≤ 63, scales of `quarter_scales`.
+    fn dot_scaled(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes, scale: Self::Scales) -> Self::Int;
+    /// As `dot_scaled`, of scales that are the same in the first two quarters, and in the last two.
+    #[inline(always)]
+    fn dot_halves(self, acc: Self::Int, u: Self::Bytes, s: Self::Bytes, scale: Self::Scales) -> Self::Int {
+        self.dot_scaled(acc, u, s, scale)
+    }
+    /// Four scales for `dot_scaled`: quarter k of scale j is v\[4j + k\], signed.
+    fn quarter_scales(self, v: &[u8; 16]) -> [Self::Scales; 4];
+    /// Of bytes s₀–s₃ m₀–m₃ s₄–s₇ m₄–m₇: four scales for
+    /// `dot_halves`, whose halves are s₀ s₂, s₁ s₃, s₄ s₆ and s₅ s₇; and the
     /// bytes' products with `sums`, in any lanes.
-    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Self::Int; 4], Self::Int);
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Self::Scales; 4], Self::Int);
     /// a − b in each lane.
     fn sub_int(self, a: Self::Int, b: Self::Int) -> Self::Int;
     /// acc + a · b in each lane.
@@ -116,11 +127,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn to_float(self, v: Self::Int) -> Self::Float;
     fn zero_float(self) -> Self::Float;
     fn splat(self, x: f32) -> Self::Float;
-    /// As `quarters_int`.
-    fn quarters_float(self, v: [f32; 4]) -> Self::Float;
-    /// The f16 at `AT` of each block, a quarter of the lanes each.
+    fn zero_row(self) -> Self::RowSum;
+    /// sum + p · d.
+    fn add_row(self, p: Self::Int, d: f32, sum: Self::RowSum) -> Self::RowSum;
+    /// sum + each quarter of p · its factor.
+    fn add_quarters(self, p: Self::Int, d: Self::Quarters, sum: Self::RowSum) -> Self::RowSum;
+    /// sum + each half of p · its factor.
+    fn add_halves(self, p: Self::Int, d: [f32; 2], sum: Self::RowSum) -> Self::RowSum;
+    fn row_sum(self, sum: Self::RowSum) -> f32;
+    fn quarters(self, v: [f32; 4]) -> Self::Quarters;
+    fn mul_quarters(self, a: Self::Quarters, b: Self::Quarters) -> Self::Quarters;
+    /// The f16 at `AT` of each block.
     #[inline(always)]
-    fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> Self::Float {
+    fn block_scales<const BYTES: usize, const AT: usize>(self, blocks: &[[u8; BYTES]; 4]) -> Self::Quarters {
         scales_one_by_one::<_, BYTES, AT>(self, blocks)
     }
     fn load_float(self, v: &[f32; 16]) -> Self::Float;
@@ -492,10 +511,50 @@ pub fn run<O: Op>(op: O) -> O::Out {
     isa_rows!(dispatch)
 }
 
+/// Of an ISA whose vectors are few registers: factors and a row's sums have a place for each lane.
+macro_rules! sums_in_lanes {
+    () => {
+        type Scales = Self::Int;
+        type Quarters = Self::Float;
+        type RowSum = Self::Float;
+
+        #[inline(always)]
+        fn zero_row(self) -> Self::Float {
+            self.zero_float()
+        }
+
+        #[inline(always)]
+        fn add_row(self, p: Self::Int, d: f32, sum: Self::Float) -> Self::Float {
+            self.mul_add(self.to_float(p), self.splat(d), sum)
+        }
+
+        #[inline(always)]
+        fn add_quarters(self, p: Self::Int, d: Self::Float, sum: Self::Float) -> Self::Float {
+            self.mul_add(self.to_float(p), d, sum)
+        }
+
+        #[inline(always)]
+        fn add_halves(self, p: Self::Int, [a, b]: [f32; 2], sum: Self::Float) -> Self::Float {
+            self.add_quarters(p, self.quarters([a, a, b, b]), sum)
+        }
+
+        #[inline(always)]
+        fn row_sum(self, sum: Self::Float) -> f32 {
+            self.sum(sum)
+        }
+
+        #[inline(always)]
+        fn mul_quarters(self, a: Self::Float, b: Self::Float) -> Self::Float {
+            self.mul(a, b)
+        }
+    };
+}
+use sums_in_lanes;
+
 /// What [`Isa::block_scales`] is.
 #[inline(always)]
-fn scales_one_by_one<I: Isa, const BYTES: usize, const AT: usize>(isa: I, blocks: &[[u8; BYTES]; 4]) -> I::Float {
-    isa.quarters_float(isa.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))))
+fn scales_one_by_one<I: Isa, const BYTES: usize, const AT: usize>(isa: I, blocks: &[[u8; BYTES]; 4]) -> I::Quarters {
+    isa.quarters(isa.f16_4(each!(4, |k| u16::from_le_bytes([blocks[k][AT], blocks[k][AT + 1]]))))
 }
 
 /// Of four blocks of `bytes`, the word at byte `at`, for a quarter of 16 lanes each.

@@ -48,6 +48,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     type Bytes = Pair;
     type Int = Pair;
     type Float = [__m256; 2];
+    super::sums_in_lanes!();
 
     fn detect() -> Option<Self> {
         Self::check()
@@ -358,7 +359,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn quarters_float(self, v: [f32; 4]) -> [__m256; 2] {
+    fn quarters(self, v: [f32; 4]) -> [__m256; 2] {
         // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
         unsafe {
             let v = _mm256_broadcast_ps(&_mm_loadu_ps(v.as_ptr()));

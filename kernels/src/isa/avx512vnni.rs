@@ -30,6 +30,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     type Bytes = __m512i;
     type Int = __m512i;
     type Float = __m512;
+    super::sums_in_lanes!();
 
     fn detect() -> Option<Self> {
         Self::check().filter(|_| !AMX || amx::is_available())
@@ -312,7 +313,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
-    fn quarters_float(self, v: [f32; 4]) -> __m512 {
+    fn quarters(self, v: [f32; 4]) -> __m512 {
         // SAFETY: AVX-512F, by the token; 16 readable bytes, by the type.
         unsafe {
             let v = _mm512_castps128_ps512(_mm_loadu_ps(v.as_ptr()));

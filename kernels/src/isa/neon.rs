@@ -218,6 +218,10 @@ impl<N: NeonRow> Isa for N {
     type Bytes = Bytes;
     type Int = Int;
     type Float = [float32x4_t; 4];
+    // One register each: four rows' sums of four would leave none for what they share.
+    type Scales = int32x4_t;
+    type Quarters = float32x4_t;
+    type RowSum = float32x4_t;
 
     fn detect() -> Option<Self> {
         <N as NeonRow>::detect()
@@ -334,42 +338,52 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
-    fn dot_scaled(self, acc: Int, u: Bytes, s: Bytes, scale: Int) -> Int {
-        self.mul_add_int(acc, self.dot_unsigned(self.zero_int(), u, s), scale)
-    }
-
-    #[inline(always)]
-    fn quarter_scales(self, v: &[u8; 16]) -> [Int; 4] {
-        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+    fn dot_scaled(self, acc: Int, u: Bytes, s: Bytes, scale: int32x4_t) -> Int {
+        let p = self.dot_unsigned(self.zero_int(), u, s);
+        // SAFETY: NEON, by the token.
         unsafe {
-            let v = vld1q_s8(v.as_ptr().cast());
-            let (low, high) = (vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v));
-            let wide = [vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)];
-            each!(4, |j| {
-                let v = wide[j];
-                [vdupq_laneq_s32::<0>(v), vdupq_laneq_s32::<1>(v), vdupq_laneq_s32::<2>(v), vdupq_laneq_s32::<3>(v)]
-            })
+            [
+                vmlaq_laneq_s32::<0>(acc[0], p[0], scale),
+                vmlaq_laneq_s32::<1>(acc[1], p[1], scale),
+                vmlaq_laneq_s32::<2>(acc[2], p[2], scale),
+                vmlaq_laneq_s32::<3>(acc[3], p[3], scale),
+            ]
         }
     }
 
     #[inline(always)]
-    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([Int; 4], Int) {
+    fn dot_halves(self, acc: Int, u: Bytes, s: Bytes, scale: int32x4_t) -> Int {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let zero = vdupq_n_s32(0);
+            let (a, b) = (self.dot(self.dot(zero, u[0], s[0]), u[1], s[1]), self.dot(self.dot(zero, u[2], s[2]), u[3], s[3]));
+            [vmlaq_laneq_s32::<0>(acc[0], a, scale), vmlaq_laneq_s32::<2>(acc[1], b, scale), acc[2], acc[3]]
+        }
+    }
+
+    #[inline(always)]
+    fn quarter_scales(self, v: &[u8; 16]) -> [int32x4_t; 4] {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let v = vld1q_s8(v.as_ptr().cast());
+            let (low, high) = (vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v));
+            [vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn halves_scales(self, v: [u64; 2], sums: &[i16; 16]) -> ([int32x4_t; 4], Int) {
         // SAFETY: NEON, by the token; 32 readable bytes, by the type. Of
         // eight words the first four are scales, the others mins, beside whose sums zeros lie.
         unsafe {
             let wide: [int16x8_t; 2] = each!(2, |i| vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(v[i]))));
             let scales: [int32x4_t; 2] = each!(2, |i| vmovl_s16(vget_low_s16(wide[i])));
             let mins: [int32x4_t; 2] = each!(2, |i| vmull_high_s16(wide[i], vld1q_s16(sums.as_ptr().add(8 * i))));
-            let scales = each!(4, |j| {
+            let pairs = each!(4, |j| {
                 let v = scales[j / 2];
-                let (a, b) = if j % 2 == 0 {
-                    (vdupq_laneq_s32::<0>(v), vdupq_laneq_s32::<2>(v))
-                } else {
-                    (vdupq_laneq_s32::<1>(v), vdupq_laneq_s32::<3>(v))
-                };
-                [a, a, b, b]
+                if j % 2 == 0 { vtrn1q_s32(v, v) } else { vtrn2q_s32(v, v) }
             });
-            (scales, [mins[0], mins[1], vdupq_n_s32(0), vdupq_n_s32(0)])
+            (pairs, [mins[0], mins[1], vdupq_n_s32(0), vdupq_n_s32(0)])
         }
     }
 
@@ -415,9 +429,52 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
-    fn quarters_float(self, v: [f32; 4]) -> [float32x4_t; 4] {
+    fn zero_row(self) -> float32x4_t {
         // SAFETY: NEON, by the token.
-        unsafe { each!(4, |i| vdupq_n_f32(v[i])) }
+        unsafe { vdupq_n_f32(0.0) }
+    }
+
+    #[inline(always)]
+    fn add_row(self, p: Int, d: f32, sum: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON, by the token.
+        unsafe { vfmaq_n_f32(sum, vcvtq_f32_s32(vaddq_s32(vaddq_s32(p[0], p[1]), vaddq_s32(p[2], p[3]))), d) }
+    }
+
+    #[inline(always)]
+    fn add_quarters(self, p: Int, d: float32x4_t, sum: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let p: [float32x4_t; 4] = each!(4, |i| vcvtq_f32_s32(p[i]));
+            let sum = vfmaq_laneq_f32::<1>(vfmaq_laneq_f32::<0>(sum, p[0], d), p[1], d);
+            vfmaq_laneq_f32::<3>(vfmaq_laneq_f32::<2>(sum, p[2], d), p[3], d)
+        }
+    }
+
+    #[inline(always)]
+    fn add_halves(self, p: Int, d: [f32; 2], sum: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let p: [float32x4_t; 2] = each!(2, |i| vcvtq_f32_s32(vaddq_s32(p[2 * i], p[2 * i + 1])));
+            vfmaq_n_f32(vfmaq_n_f32(sum, p[0], d[0]), p[1], d[1])
+        }
+    }
+
+    #[inline(always)]
+    fn row_sum(self, sum: float32x4_t) -> f32 {
+        // SAFETY: NEON, by the token.
+        unsafe { vaddvq_f32(sum) }
+    }
+
+    #[inline(always)]
+    fn quarters(self, v: [f32; 4]) -> float32x4_t {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe { vld1q_f32(v.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn mul_quarters(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON, by the token.
+        unsafe { vmulq_f32(a, b) }
     }
 
     #[inline(always)]

@@ -15,6 +15,7 @@ impl Isa for Scalar {
     type Bytes = [u8; 64];
     type Int = [i32; 16];
     type Float = [f32; 16];
+    super::sums_in_lanes!();
 
     fn detect() -> Option<Self> {
         Some(Scalar)
@@ -203,7 +204,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn quarters_float(self, v: [f32; 4]) -> [f32; 16] {
+    fn quarters(self, v: [f32; 4]) -> [f32; 16] {
         std::array::from_fn(|l| v[l / 4])
     }
 

@@ -33,7 +33,7 @@ impl WeightDot for NlDot {
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let table = table::<I>();
-        let mut acc = [isa.zero_float(); R];
+        let mut acc = [isa.zero_row(); R];
         for (four, q) in x.q.as_chunks::<128>().0.iter().take((rows[0].len() / 18).div_ceil(4)).enumerate() {
             let xs = as_nibbles(isa, q);
             let start = biased_start(isa, xs);
@@ -52,10 +52,10 @@ impl WeightDot for NlDot {
                 let p = isa.dot_biased(isa.dot_biased(start, low, xs.0), high, xs.1);
                 let d = isa.f16_4(each!(4, |k| u16::from_le_bytes([b[k][0], b[k][1]])));
                 let d: [f32; 4] = each!(4, |k| d[k] * x.d[4 * four + k]);
-                acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float(d), acc[r]);
+                acc[r] = isa.add_quarters(p, isa.quarters(d), acc[r]);
             });
         }
-        each!(R, |r| isa.sum(acc[r]))
+        each!(R, |r| isa.row_sum(acc[r]))
     }
 }
 
@@ -69,7 +69,7 @@ impl WeightDot for XsDot {
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
         let table = table::<I>();
-        let mut acc = [isa.zero_float(); R];
+        let mut acc = [isa.zero_row(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 136).enumerate() {
             let xs: [(I::Bytes, I::Bytes); 2] = each!(2, |half| as_nibbles(isa, q[128 * half..].first_chunk().expect("half a block")));
             let starts = each!(2, |half| biased_start(isa, xs[half]));
@@ -86,10 +86,10 @@ impl WeightDot for XsDot {
                     sum = isa.mul_add_int(sum, p, isa.quarters_int(each!(4, |k| scale(4 * half + k))));
                 }
                 let d = isa.f16(u16::from_le_bytes([b[0], b[1]])) * x.d[i];
-                acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
+                acc[r] = isa.add_row(sum, d, acc[r]);
             });
         }
-        each!(R, |r| isa.sum(acc[r]))
+        each!(R, |r| isa.row_sum(acc[r]))
     }
 }
 

@@ -122,14 +122,14 @@ fn dot<I: Isa, U: Unpack, const R: usize>(isa: I, rows: [&[u8]; R], x: &Activati
 #[inline(always)]
 fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
     let n_blocks = rows[0].len() / BYTES;
-    let mut acc = [isa.zero_float(); R];
+    let mut acc = [isa.zero_row(); R];
     let mut mins = [[0.0f32; 4]; R];
     for (four, q) in x.q.as_chunks::<128>().0.iter().take(n_blocks.div_ceil(4)).enumerate() {
         let dx: &[f32; 4] = x.d[4 * four..].first_chunk().expect("padded activations");
         let xs = if U::SIGNED { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
         let biased = (isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.0), isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.1));
         let start = start(isa, U::ZERO, xs);
-        let dxs = isa.quarters_float(*dx);
+        let dxs = isa.quarters(*dx);
         let sums: [f32; 4] = match U::MIN {
             Some(_) => each!(4, |k| f32::from(x.sums[8 * four + 2 * k] + x.sums[8 * four + 2 * k + 1]) * dx[k]),
             None => [0.0; 4],
@@ -152,8 +152,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                     // −128·Σx, as twice 64.
                     let start = if I::SIGNED_BIAS == 0 { isa.zero_int() } else { isa.sub_int(isa.sub_int(isa.zero_int(), bias), bias) };
                     let p = isa.dot_biased(start, isa.to_biased(w), xs);
-                    let (a, b) = (d[2 * pair], d[2 * pair + 1]);
-                    acc[r] = isa.mul_add(isa.to_float(p), isa.quarters_float([a, a, b, b]), acc[r]);
+                    acc[r] = isa.add_halves(p, [d[2 * pair], d[2 * pair + 1]], acc[r]);
                 }
             } else {
                 let raw = isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS)));
@@ -164,7 +163,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                     (low, high) = (isa.or(low, isa.bit16(join(0))), isa.or(high, isa.bit16(join(16))));
                 }
                 let p = isa.dot_unsigned(isa.dot_unsigned(start, low, xs.0), high, xs.1);
-                acc[r] = isa.mul_add(isa.to_float(p), isa.mul(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
+                acc[r] = isa.add_quarters(p, isa.mul_quarters(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
                 if let Some(at) = U::MIN {
                     let m = f16s(isa, b, at);
                     mins[r] = each!(4, |k| m[k] * sums[k] + mins[r][k]);
@@ -172,7 +171,7 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
             }
         });
     }
-    each!(R, |r| isa.sum(acc[r]) + mins[r].iter().sum::<f32>())
+    each!(R, |r| isa.row_sum(acc[r]) + mins[r].iter().sum::<f32>())
 }
 
 /// Eight blocks of 32 nibbles of each row: value j and, in the high nibble, j + 16.

@@ -21,7 +21,7 @@ impl WeightDot for Dot {
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
-        let mut acc = [isa.zero_float(); R];
+        let mut acc = [isa.zero_row(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 84).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
@@ -42,11 +42,11 @@ impl WeightDot for Dot {
                 }
                 let half = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
                 let (d, dmin) = (isa.f16(half(80)) * x.d[i], isa.f16(half(82)) * x.d[i]);
-                acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
-                acc[r] = isa.mul_add(isa.to_float(mins), isa.splat(-dmin), acc[r]);
+                acc[r] = isa.add_row(sum, d, acc[r]);
+                acc[r] = isa.add_row(mins, -dmin, acc[r]);
             });
         }
-        each!(R, |r| isa.sum(acc[r]))
+        each!(R, |r| isa.row_sum(acc[r]))
     }
 }
 

@@ -37,7 +37,7 @@ impl WeightDot for Dot {
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
-        let mut acc = [isa.zero_float(); R];
+        let mut acc = [isa.zero_row(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 110).enumerate() {
             let subs: &[[u8; 32]] = q.as_chunks().0;
             let xs = each!(4, |v| isa.load_halves(&subs[v], &subs[4 + v]));
@@ -58,10 +58,10 @@ impl WeightDot for Dot {
                 sum = isa.dot_scaled(sum, isa.or(isa.bits::<4, 3, 0>(low), isa.bits::<2, 1, 2>(top)), xs[2], scales[2]);
                 sum = isa.dot_scaled(sum, isa.or(isa.bits::<6, 3, 0>(low), isa.bits::<3, 1, 2>(top)), xs[3], scales[3]);
                 let d = isa.f16(u16::from_le_bytes([b[108], b[109]])) * x.d[i];
-                acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
+                acc[r] = isa.add_row(isa.sub_int(sum, offsets), d, acc[r]);
             });
         }
-        each!(R, |r| isa.sum(acc[r]))
+        each!(R, |r| isa.row_sum(acc[r]))
     }
 }
 

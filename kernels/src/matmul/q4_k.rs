@@ -33,7 +33,7 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
     rows: [&[u8]; R],
     x: &ActivationRow<'_>,
 ) -> [f32; R] {
-    let mut acc = [isa.zero_float(); R];
+    let mut acc = [isa.zero_row(); R];
     for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / BYTES).enumerate() {
         let subs: &[[u8; 32]] = q.as_chunks().0;
         let xs = each!(4, |v| {
@@ -59,16 +59,16 @@ pub fn dot<I: Isa, const R: usize, const BYTES: usize, const QH: usize, const QS
                     };
                     (low, high) = (isa.or(low, fifth.0), isa.or(high, fifth.1));
                 }
-                sum = isa.dot_scaled(sum, low, xs[2 * half], scales[2 * half]);
-                sum = isa.dot_scaled(sum, high, xs[2 * half + 1], scales[2 * half + 1]);
+                sum = isa.dot_halves(sum, low, xs[2 * half], scales[2 * half]);
+                sum = isa.dot_halves(sum, high, xs[2 * half + 1], scales[2 * half + 1]);
             }
             let half = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
             let (d, dmin) = (isa.f16(half(0)) * x.d[i], isa.f16(half(2)) * x.d[i]);
-            acc[r] = isa.mul_add(isa.to_float(sum), isa.splat(d), acc[r]);
-            acc[r] = isa.mul_add(isa.to_float(mins), isa.splat(-dmin), acc[r]);
+            acc[r] = isa.add_row(sum, d, acc[r]);
+            acc[r] = isa.add_row(mins, -dmin, acc[r]);
         });
     }
-    each!(R, |r| isa.sum(acc[r]))
+    each!(R, |r| isa.row_sum(acc[r]))
 }
 
 impl WeightDot for Dot {

@@ -22,7 +22,7 @@ impl WeightDot for Dot {
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
-        let mut acc = [isa.zero_float(); R];
+        let mut acc = [isa.zero_row(); R];
         for (i, q) in x.q.as_chunks::<256>().0.iter().take(rows[0].len() / 210).enumerate() {
             let xs: [I::Bytes; 4] = each!(4, |v| isa.load(q.as_chunks().0.get(v).expect("four vectors")));
             let sums: &[i16; 16] = x.sums[16 * i..].first_chunk().expect("padded activations");
@@ -43,10 +43,10 @@ impl WeightDot for Dot {
                     sum = isa.dot_scaled(sum, high, xs[2 * half + 1], scales[2 * half + 1]);
                 }
                 let d = isa.f16(u16::from_le_bytes([b[208], b[209]])) * x.d[i];
-                acc[r] = isa.mul_add(isa.to_float(isa.sub_int(sum, offsets)), isa.splat(d), acc[r]);
+                acc[r] = isa.add_row(isa.sub_int(sum, offsets), d, acc[r]);
             });
         }
-        each!(R, |r| isa.sum(acc[r]))
+        each!(R, |r| isa.row_sum(acc[r]))
     }
 }
 
