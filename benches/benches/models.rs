@@ -3,8 +3,8 @@
 //! GB/s, and the share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
 //! `cargo bench -p benches --features ggml --bench models -- --shape 1b --types Q4_0,Q4_K_M --prompt 512 --tokens 128 --reps 5`
-//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers default,plain,unfused` names those of llama.cpp's
-//! paths to measure: repacked, as the file is, and so without flash attention. It takes long to read a long context:
+//! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers default,plain,unfused` (or none) names those of
+//! llama.cpp's paths to measure: repacked, as the file is, and so without flash attention. It takes long to read a long context:
 //! `--computed N` has it read N tokens, and store those again until the context is full (with flash attention alone).
 //! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
 
@@ -104,6 +104,8 @@ fn peers(path: &std::path::Path, threads: usize, l: &Load) -> Vec<Box<dyn Contes
         ("plain", "llama.cpp no repack", false, true),
         ("unfused", "llama.cpp no flash", false, false),
     ];
+    let unknown = wanted.split(',').find(|w| *w != "none" && paths.iter().all(|p| p.0 != *w));
+    assert!(unknown.is_none(), "--peers {wanted}: default, plain, unfused or none");
     paths
         .into_iter()
         .filter(|(path, ..)| wanted.split(',').any(|w| w == *path))

@@ -31,13 +31,7 @@ impl Encode for Q5_0 {
                 Self::pack(q, b);
             });
         }
-        for (x, out) in values.chunks(32 * SCALES).zip(out.chunks_mut(22 * SCALES)) {
-            let (scales, inverses) = scales(x, |x| signed_peak(x) / -16.0);
-            for (i, (x, b)) in x.chunks_exact(32).zip(out.chunks_exact_mut(22)).enumerate() {
-                b[..2].copy_from_slice(&scales[i].to_le_bytes());
-                Self::pack(&quants(x, inverses[i], 0.0, 16.5, 31), b);
-            }
-        }
+        encode_symmetric::<Self>(values, out);
     }
 }
 
