@@ -6,7 +6,7 @@
 //! one register with AVX-512, two with AVX2, arrays in the scalar row.
 //!
 //! A new ISA is one file here and one row in [`isa_rows`]: the row's feature
-//! list gives both the CPU check and the `#[target_feature]` list.
+//! list gives both the CPU check and the `#[target_feature]` list (`dispatch.rs`).
 
 /// `[f(0), f(1), ..]`, written out where it stands. Not a closure: the
 /// compiler may keep one out of line, compiled without the ISA's features, and
@@ -36,16 +36,18 @@ pub mod avx2;
 pub mod avx512vnni;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
+mod dispatch;
 mod operands;
 pub mod scalar;
 
-use crate::error::{Error, Result};
 use operands::{add_reference_tile, reference_bfloats};
-use std::sync::OnceLock;
 
+pub use dispatch::{available, check_forced, has_matrix_tiles, multiplies_bfloats, names, run, selected};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use dispatch::{detected, isa_token};
 pub use operands::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants, MatrixSums, Sums, TileShape,
-    TokenDwords, TokenInts, nearest_bfloat,
+    Bfloats, FloatScales, FloatSums, GROUP, HALF_TOKENS, IntegerScales, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixDigits, MatrixQuants,
+    MatrixSums, QuantizedBlock, Sums, TileShape, TokenInts, TokenQwords, nearest_bfloat,
 };
 
 /// Work to be compiled once an ISA; `run` must be `#[inline(always)]`.
@@ -124,6 +126,37 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn quarters_int(self, v: [i32; 4]) -> Self::Int;
     /// Sums of products of 16-bit pairs, in any lanes: only the total counts.
     fn dot_i16(self, a: &[i16; 16], b: &[i16; 16]) -> Self::Int;
+    /// The largest magnitude; of NaNs none. N is a multiple of 16.
+    #[inline(always)]
+    fn peak<const N: usize>(self, x: &[f32; N]) -> f32 {
+        let mut peaks = [0.0f32; 16];
+        for x in x.as_chunks::<16>().0 {
+            for l in 0..16 {
+                let a = x[l].abs();
+                peaks[l] = if a > peaks[l] { a } else { peaks[l] };
+            }
+        }
+        peaks.iter().fold(0.0, |m, v| if *v > m { *v } else { m })
+    }
+    /// Each value times `by` to the nearest integer, as bytes; those are in −127..=127, NaNs anything.
+    #[inline(always)]
+    fn rounded<const N: usize>(self, x: &[f32; N], by: f32) -> [u8; N] {
+        let mut out = [0; N];
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = ((x * by + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
+        }
+        out
+    }
+    /// Σ u·s of each 16; `u` and `s` as of `dot_unsigned`.
+    #[inline(always)]
+    fn sums_of_16(self, u: &[u8; 256], s: &[u8; 256]) -> [i32; 16] {
+        let mut fours = [0.0f32; 64];
+        for ((out, u), s) in fours.as_chunks_mut::<16>().0.iter_mut().zip(u.as_chunks().0).zip(s.as_chunks().0) {
+            // Exact: below 2^24.
+            self.store_float(self.to_float(self.dot_unsigned(self.zero_int(), self.load(u), self.load(s))), out);
+        }
+        each!(16, |i| (fours[4 * i] + fours[4 * i + 1] + fours[4 * i + 2] + fours[4 * i + 3]) as i32)
+    }
     fn to_float(self, v: Self::Int) -> Self::Float;
     fn zero_float(self) -> Self::Float;
     fn splat(self, x: f32) -> Self::Float;
@@ -178,16 +211,35 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_pairs(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
     /// A sub-block's signed 16-bit scale as `scaled_dots` wants it.
     fn panel_scale(self, scale: i32) -> u32;
-    /// Puts a slab's unpacked quants in the order that `dots` reads.
+    /// Whether panels of quantized weights are multiplied by the next three methods, and not by those after them.
+    const OWN_TILES: bool = false;
+    /// Makes of a slab's unpacked quants what those two read: what they stand for is `offset` less.
     #[inline(always)]
-    fn arrange(self, _q: &mut [Lanes]) {}
+    fn arrange(self, _q: &mut [Lanes], _offset: i32) {}
+    /// C (a group's rows of 16 lanes) += w · x, of tokens `first..first + T`.
+    fn multiply_float_scales<const T: usize>(self, _w: &FloatScales, _x: &QuantizedBlock, _first: usize, _mins: bool, _c: &mut [Sums]) {
+        unreachable!("this row has no tiles of its own")
+    }
+    /// The same, of scales a `sub` columns.
+    fn multiply_integer_scales<const T: usize>(
+        self,
+        _w: &IntegerScales,
+        _x: &QuantizedBlock,
+        _first: usize,
+        _sub: usize,
+        _mins: bool,
+        _c: &mut [Sums],
+    ) {
+        unreachable!("this row has no tiles of its own")
+    }
     /// p\[r\]\[t\] += Σ over steps w\[r\]\[step\] · x\[step\]\[tokens + t\]; weights as of `dot_biased` if `BIASED`, else of `dot_unsigned`.
+    /// A step is a dword of each token, two lie side by side.
     #[inline(always)]
     fn dots<const R: usize, const T: usize, const BIASED: bool>(
         self,
         p: &mut [[Self::Int; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
     ) {
         self.dots_step_by_step::<R, T, BIASED>(p, w, x, tokens);
@@ -198,13 +250,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
         self,
         p: &mut [[Self::Int; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
     ) {
-        for (step, x) in x.iter().enumerate() {
+        for step in 0..2 * x.len() {
             let w: [Self::Bytes; R] = each!(R, |r| self.load_lanes(&w[r][step]));
             for t in 0..T {
-                let x = self.splat_4(x[tokens + t]);
+                let x = self.splat_4(dword(&x[step / 2][tokens + t], step % 2));
                 for r in 0..R {
                     p[r][t] = if BIASED { self.dot_biased(p[r][t], w[r], x) } else { self.dot_unsigned(p[r][t], w[r], x) };
                 }
@@ -224,7 +276,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         self,
         acc: &mut [[Self::Int; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
@@ -237,7 +289,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         self,
         acc: &mut [[Self::Int; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
@@ -343,174 +395,6 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn prefetch(self, at: *const u8);
 }
 
-#[cfg(target_arch = "x86_64")]
-macro_rules! detected {
-    ($feature:tt) => {
-        std::arch::is_x86_feature_detected!($feature)
-    };
-}
-#[cfg(target_arch = "aarch64")]
-macro_rules! detected {
-    ($feature:tt) => {
-        std::arch::is_aarch64_feature_detected!($feature)
-    };
-}
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) use detected;
-
-/// Declares an ISA row: token, CPU check and `vectorize`, from one feature list. With a flag it declares
-/// two rows of one implementation, of which the flagged one has more features.
-macro_rules! isa_token {
-    ($name:ident, [$($feature:tt),* $(,)?]) => {
-        /// Proof that this CPU has the row's features.
-        #[derive(Clone, Copy, Debug)]
-        pub struct $name(());
-
-        impl $name {
-            fn check() -> Option<Self> {
-                let all = true $(&& $crate::isa::detected!($feature))*;
-                all.then_some($name(()))
-            }
-
-            fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
-                $(#[target_feature(enable = $feature)])*
-                fn with_features<O: crate::isa::Op>(isa: $name, op: O) -> O::Out {
-                    op.run(isa)
-                }
-                // SAFETY: `self` exists only if `check` found every feature named above.
-                unsafe { with_features(self, op) }
-            }
-        }
-    };
-    ($name:ident<const $flag:ident: bool>, [$($feature:tt),* $(,)?], flagged: [$($more:tt),*]) => {
-        /// Proof that this CPU has the row's features.
-        #[derive(Clone, Copy, Debug)]
-        pub struct $name<const $flag: bool>(());
-
-        impl<const $flag: bool> $name<$flag> {
-            fn check() -> Option<Self> {
-                let all = true $(&& $crate::isa::detected!($feature))*;
-                let more = true $(&& $crate::isa::detected!($more))*;
-                (all && (more || !$flag)).then_some($name(()))
-            }
-
-            fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
-                $(#[target_feature(enable = $feature)])*
-                fn with_features<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {
-                    op.run(isa)
-                }
-                $(#[target_feature(enable = $feature)])*
-                $(#[target_feature(enable = $more)])*
-                fn with_more<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {
-                    op.run(isa)
-                }
-                // SAFETY: `self` exists only if `check` found every feature named above.
-                unsafe { if $flag { with_more(self, op) } else { with_features(self, op) } }
-            }
-        }
-    };
-}
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) use isa_token;
-
-/// Calls `$m!` with every ISA of this target, best first.
-#[cfg(target_arch = "x86_64")]
-#[macro_export]
-macro_rules! isa_rows {
-    ($m:ident) => {
-        $m! { $crate::isa::avx512vnni::Amx, $crate::isa::avx512vnni::Avx512Vnni, $crate::isa::avx2::AvxVnni, $crate::isa::avx2::Avx2, $crate::isa::scalar::Scalar }
-    };
-}
-
-/// Calls `$m!` with every ISA of this target, best first.
-#[cfg(target_arch = "aarch64")]
-#[macro_export]
-macro_rules! isa_rows {
-    ($m:ident) => {
-        $m! { $crate::isa::neon::I8mm, $crate::isa::neon::Dotprod, $crate::isa::neon::Neon, $crate::isa::scalar::Scalar }
-    };
-}
-
-/// Calls `$m!` with every ISA of this target, best first.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-#[macro_export]
-macro_rules! isa_rows {
-    ($m:ident) => {
-        $m! { $crate::isa::scalar::Scalar }
-    };
-}
-
-/// Names of this build's rows, best first.
-pub fn names() -> Vec<&'static str> {
-    macro_rules! list {
-        ($($isa:ty),*) => { vec![$(<$isa as Isa>::NAME),*] };
-    }
-    isa_rows!(list)
-}
-
-/// Names of the rows this CPU can run.
-pub fn available() -> Vec<&'static str> {
-    macro_rules! list {
-        ($($isa:ty),*) => {{
-            let mut v = Vec::new();
-            $(if <$isa as Isa>::detect().is_some() { v.push(<$isa as Isa>::NAME); })*
-            v
-        }};
-    }
-    isa_rows!(list)
-}
-
-/// The row in force: `GRIST_ISA` if set, else the best this CPU can run.
-pub fn selected() -> &'static str {
-    static CHOICE: OnceLock<&'static str> = OnceLock::new();
-    CHOICE.get_or_init(|| check_forced().ok().flatten().unwrap_or(available()[0]))
-}
-
-/// Whether the row in force has matrix tiles.
-pub fn has_matrix_tiles() -> bool {
-    macro_rules! any {
-        ($($isa:ty),*) => { false $(|| <$isa as Isa>::MATRIX_TILES && selected() == <$isa as Isa>::NAME)* };
-    }
-    isa_rows!(any)
-}
-
-/// Whether the row in force multiplies bfloats in vectors.
-pub fn multiplies_bfloats() -> bool {
-    macro_rules! any {
-        ($($isa:ty),*) => {
-            false $(|| <$isa as Isa>::MAY_MULTIPLY_BFLOATS
-                && selected() == <$isa as Isa>::NAME
-                && <$isa as Isa>::detect().is_some_and(Isa::multiplies_bfloats))*
-        };
-    }
-    isa_rows!(any)
-}
-
-/// Validates `GRIST_ISA`; a program calls it at start so that a bad value is an error, not a surprise.
-pub fn check_forced() -> Result<Option<&'static str>> {
-    let Some(name) = std::env::var("GRIST_ISA").ok().filter(|s| !s.is_empty()) else { return Ok(None) };
-    let Some(known) = names().into_iter().find(|n| *n == name) else {
-        return Err(Error::UnknownIsa { name, known: names().join(", ") });
-    };
-    if !available().contains(&known) {
-        return Err(Error::UnsupportedIsa { name, features: known });
-    }
-    Ok(Some(known))
-}
-
-/// Runs `op` compiled for the row in force.
-pub fn run<O: Op>(op: O) -> O::Out {
-    macro_rules! dispatch {
-        ($($isa:ty),*) => {{
-            $(if selected() == <$isa as Isa>::NAME && let Some(isa) = <$isa as Isa>::detect() {
-                return isa.vectorize(op);
-            })*
-            scalar::Scalar.vectorize(op)
-        }};
-    }
-    isa_rows!(dispatch)
-}
-
 /// Of an ISA whose vectors are few registers: factors and a row's sums have a place for each lane.
 macro_rules! sums_in_lanes {
     () => {
@@ -550,6 +434,15 @@ macro_rules! sums_in_lanes {
     };
 }
 use sums_in_lanes;
+
+/// 1.5 · 2^23: adding it rounds to an integer.
+pub const MAGIC: f32 = 12_582_912.0;
+
+/// Dword `i` of two.
+#[inline(always)]
+fn dword(x: &[i8; 8], i: usize) -> [i8; 4] {
+    x.as_chunks().0[i]
+}
 
 /// What [`Isa::block_scales`] is.
 #[inline(always)]

@@ -6,7 +6,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TileShape, TokenDwords, TokenInts, isa_token};
+use super::{Isa, Lanes, Op, TileShape, TokenInts, TokenQwords, dword, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -463,7 +463,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
         self,
         acc: &mut [[Pair; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
         init: Option<&TokenInts>,
         scale: [&Lanes; R],
@@ -472,13 +472,14 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
             return self.scaled_dots_in_dwords::<R, T, NARROW>(acc, w, x, tokens, init, scale);
         }
         let scale: [Pair; R] = each!(R, |r| self.load_int(scale[r]));
-        let steps = const { (32767 / (2 * 127 * MAX)) as usize };
-        for (part, x) in x.chunks(steps).enumerate() {
+        // Of two dwords.
+        let pairs = const { (32767 / (2 * 127 * MAX) / 2) as usize };
+        for (part, x) in x.chunks(pairs).enumerate() {
             let mut p = [[self.zero_int(); T]; R];
-            for (step, x) in x.iter().enumerate() {
-                let w: [Pair; R] = each!(R, |r| self.load_lanes(&w[r][part * steps + step]));
+            for step in 0..2 * x.len() {
+                let w: [Pair; R] = each!(R, |r| self.load_lanes(&w[r][2 * part * pairs + step]));
                 for t in 0..T {
-                    let x = self.splat_4(x[tokens + t]);
+                    let x = self.splat_4(dword(&x[step / 2][tokens + t], step % 2));
                     for r in 0..R {
                         // SAFETY: AVX2, by the token.
                         let one = |p, w, x| unsafe { _mm256_add_epi16(p, _mm256_maddubs_epi16(w, x)) };

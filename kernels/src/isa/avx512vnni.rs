@@ -11,7 +11,7 @@ mod dpwssd;
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenDwords, amx,
+    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenQwords, amx,
     isa_token,
 };
 use bfloat_dots::bfloat_dots;
@@ -491,14 +491,14 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         self,
         p: &mut [[__m512i; T]; R],
         w: [&[Lanes]; R],
-        x: &[TokenDwords],
+        x: &[TokenQwords],
         tokens: usize,
     ) {
         if R == 4 && T == 3 {
             // The shape as the type, which the two numbers prove.
             let (rows, _) = p.as_chunks_mut::<4>();
             let mut sums = each!(4, |r| *rows[0][r].first_chunk::<3>().expect("three tokens"));
-            for (i, x) in x.as_chunks::<4>().0.iter().enumerate() {
+            for (i, x) in x.as_chunks::<2>().0.iter().enumerate() {
                 let w = each!(4, |r| w[r][4 * i..].first_chunk().expect("four steps"));
                 // SAFETY: AVX-512 VNNI, by the token.
                 unsafe { four_steps(&mut sums, w, x, tokens) };

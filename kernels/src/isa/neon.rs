@@ -1,5 +1,6 @@
 //! AArch64: a vector is four 128-bit registers. Its three rows differ in how
-//! int8 products are summed (`neon/products.rs`). Instructions whose
+//! int8 products are summed (`neon/products.rs`); many tokens have tiles of their own
+//! (`neon/tiles.rs`). Instructions whose
 //! intrinsics the oldest supported compiler lacks are written as such.
 //!
 //! SAFETY of every block in this file: the methods take a token that only
@@ -7,8 +8,9 @@
 //! exactly the array they are given.
 
 mod products;
+mod tiles;
 
-use super::{GROUP, Isa, Lanes, Op, TileShape, TokenDwords};
+use super::{FloatScales, IntegerScales, Isa, Lanes, Op, QuantizedBlock, Sums, TileShape};
 use products::NeonRow;
 pub use products::{Dotprod, I8mm, Neon};
 use std::arch::aarch64::*;
@@ -27,6 +29,14 @@ unsafe fn widen_half(bits: uint16x4_t) -> float32x4_t {
     out
 }
 
+/// # Safety
+/// The CPU has NEON.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn low_words(a: int32x4_t, b: int32x4_t) -> int16x8_t {
+    vuzp1q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b))
+}
+
 type Bytes = [int8x16_t; 4];
 type Int = [int32x4_t; 4];
 
@@ -39,46 +49,6 @@ macro_rules! on_u8 {
             vreinterpretq_s8_u8($body)
         })
     }};
-}
-
-/// A group's tokens side by side in pairs, by eight columns: `smmla`'s tiles of 2 rows × 2 tokens.
-#[inline(always)]
-fn mmla_dots<N: NeonRow, const R: usize, const T: usize>(
-    isa: N,
-    p: &mut [[Int; T]; R],
-    w: [&[Lanes]; R],
-    x: &[TokenDwords],
-    tokens: usize,
-) {
-    assert!(T.is_multiple_of(2) && tokens + T <= GROUP && x.len().is_multiple_of(2));
-    for r in 0..R {
-        // SAFETY: NEON, by the token; each load reads within the array that is indexed.
-        unsafe {
-            let mut sums = [[vdupq_n_s32(0); 8]; GROUP / 2];
-            for (w, x) in w[r].as_chunks::<2>().0.iter().zip(x.as_chunks::<2>().0) {
-                let w = w.as_flattened();
-                let mut pair = [vdupq_n_s8(0); GROUP / 2];
-                for t in 0..T / 2 {
-                    let from = |x: &TokenDwords| vld1_s8(x.as_flattened()[4 * (tokens + 2 * t)..][..8].as_ptr());
-                    let (a, b) = (vreinterpret_s32_s8(from(&x[0])), vreinterpret_s32_s8(from(&x[1])));
-                    pair[t] = vreinterpretq_s8_s32(vcombine_s32(vzip1_s32(a, b), vzip2_s32(a, b)));
-                }
-                for rows in 0..8 {
-                    let w = vreinterpretq_s8_u32(vld1q_u32(w[4 * rows..][..4].as_ptr()));
-                    for t in 0..T / 2 {
-                        sums[t][rows] = isa.mmla(sums[t][rows], w, pair[t]);
-                    }
-                }
-            }
-            for t in 0..T / 2 {
-                for q in 0..4 {
-                    let (a, b) = (sums[t][2 * q], sums[t][2 * q + 1]);
-                    p[r][2 * t][q] = vaddq_s32(p[r][2 * t][q], vuzp1q_s32(a, b));
-                    p[r][2 * t + 1][q] = vaddq_s32(p[r][2 * t + 1][q], vuzp2q_s32(a, b));
-                }
-            }
-        }
-    }
 }
 
 impl<N: NeonRow> Isa for N {
@@ -280,6 +250,43 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
+    fn peak<const RUN: usize>(self, x: &[f32; RUN]) -> f32 {
+        // SAFETY: NEON, by the token; 64 readable bytes, by the type. Of a NaN and a number, the number comes out.
+        unsafe {
+            let mut peaks = [vdupq_n_f32(0.0); 4];
+            for x in x.as_chunks::<16>().0 {
+                peaks = each!(4, |i| vmaxnmq_f32(peaks[i], vabsq_f32(vld1q_f32(x.as_ptr().add(4 * i)))));
+            }
+            vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(peaks[0], peaks[1]), vmaxnmq_f32(peaks[2], peaks[3])))
+        }
+    }
+
+    #[inline(always)]
+    fn rounded<const RUN: usize>(self, x: &[f32; RUN], by: f32) -> [u8; RUN] {
+        let mut out = [0; RUN];
+        for (out, x) in out.as_chunks_mut::<16>().0.iter_mut().zip(x.as_chunks::<16>().0) {
+            // SAFETY: NEON, by the token; 64 readable and 16 writable bytes, by the types.
+            unsafe {
+                let v: [int32x4_t; 4] = each!(4, |i| vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x.as_ptr().add(4 * i)), by)));
+                let halves = [vreinterpretq_s8_s16(low_words(v[0], v[1])), vreinterpretq_s8_s16(low_words(v[2], v[3]))];
+                vst1q_s8(out.as_mut_ptr().cast(), vuzp1q_s8(halves[0], halves[1]));
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn sums_of_16(self, u: &[u8; 256], s: &[u8; 256]) -> [i32; 16] {
+        let mut out = [0; 16];
+        for ((out, u), s) in out.as_chunks_mut::<4>().0.iter_mut().zip(u.as_chunks().0).zip(s.as_chunks().0) {
+            let p = self.dot_unsigned(self.zero_int(), self.load(u), self.load(s));
+            // SAFETY: NEON, by the token; 16 writable bytes, by the type.
+            unsafe { vst1q_s32(out.as_mut_ptr(), vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3]))) };
+        }
+        out
+    }
+
+    #[inline(always)]
     fn to_float(self, v: Int) -> [float32x4_t; 4] {
         // SAFETY: NEON, by the token.
         unsafe { each!(4, |i| vcvtq_f32_s32(v[i])) }
@@ -418,7 +425,7 @@ impl<N: NeonRow> Isa for N {
     }
 
     const SIGNED_BIAS: i32 = 0;
-    const TILE: TileShape = <N as NeonRow>::TILE;
+    const TILE: TileShape = TileShape::OneBySix;
 
     #[inline(always)]
     fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
@@ -492,66 +499,29 @@ impl<N: NeonRow> Isa for N {
         scale as u32
     }
 
+    const OWN_TILES: bool = true;
+
     #[inline(always)]
-    fn arrange(self, q: &mut [Lanes]) {
-        if !N::MMLA {
-            return;
-        }
-        for pair in q.as_chunks_mut::<2>().0 {
-            let [a, b] = *pair;
-            let all = pair.as_flattened_mut();
-            for i in 0..4 {
-                // SAFETY: NEON, by the token; 16 bytes read from lane 4·i of 16, 32 written from dword 8·i of 32.
-                unsafe {
-                    let (a, b) = (vld1q_u32(a.as_ptr().add(4 * i)), vld1q_u32(b.as_ptr().add(4 * i)));
-                    vst1q_u32(all.as_mut_ptr().add(8 * i), vzip1q_u32(a, b));
-                    vst1q_u32(all.as_mut_ptr().add(8 * i + 4), vzip2q_u32(a, b));
-                }
-            }
-        }
+    fn arrange(self, q: &mut [Lanes], offset: i32) {
+        tiles::arrange(self, q, offset);
     }
 
     #[inline(always)]
-    fn dots<const R: usize, const T: usize, const BIASED: bool>(
+    fn multiply_float_scales<const T: usize>(self, w: &FloatScales, x: &QuantizedBlock, first: usize, mins: bool, c: &mut [Sums]) {
+        tiles::multiply_float_scales::<N, T>(self, w, x, first, mins, c);
+    }
+
+    #[inline(always)]
+    fn multiply_integer_scales<const T: usize>(
         self,
-        p: &mut [[Int; T]; R],
-        w: [&[Lanes]; R],
-        x: &[TokenDwords],
-        tokens: usize,
+        w: &IntegerScales,
+        x: &QuantizedBlock,
+        first: usize,
+        sub: usize,
+        mins: bool,
+        c: &mut [Sums],
     ) {
-        if N::MMLA {
-            return mmla_dots(self, p, w, x, tokens);
-        }
-        let bytes = x.as_flattened().as_flattened();
-        for (step, one) in x.iter().enumerate() {
-            let w: [Bytes; R] = each!(R, |r| self.load_lanes(&w[r][step]));
-            if T != 3 {
-                for t in 0..T {
-                    let x = self.splat_4(one[tokens + t]);
-                    for r in 0..R {
-                        p[r][t] = self.dot_biased(p[r][t], w[r], x);
-                    }
-                }
-                continue;
-            }
-            // Three tokens in one register; at the end of the array, from one token before.
-            let at = 24 * step + 4 * tokens;
-            // SAFETY: NEON, by the token; 16 bytes are read from slices of 16.
-            let x = unsafe {
-                match bytes.get(at..at + 16) {
-                    Some(v) => vld1q_s8(v.as_ptr()),
-                    None => {
-                        let v = vld1q_s8(bytes[at - 4..][..16].as_ptr());
-                        vextq_s8::<4>(v, v)
-                    }
-                }
-            };
-            for r in 0..R {
-                p[r][0] = each!(4, |i| self.dot_lane::<0>(p[r][0][i], w[r][i], x));
-                p[r][1] = each!(4, |i| self.dot_lane::<1>(p[r][1][i], w[r][i], x));
-                p[r][2] = each!(4, |i| self.dot_lane::<2>(p[r][2][i], w[r][i], x));
-            }
-        }
+        tiles::multiply_integer_scales::<N, T>(self, w, x, first, sub, mins, c);
     }
 
     #[inline(always)]

@@ -132,6 +132,60 @@ pub fn add_reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Ra
 pub const GROUP: usize = 6;
 /// A dword (four quants, or one scale) for each of 16 rows.
 pub type Lanes = [u32; 16];
-/// Four consecutive activations of each token of a group.
-pub type TokenDwords = [[i8; 4]; GROUP];
+/// Eight consecutive activations of each token of a group.
+pub type TokenQwords = [[i8; 8]; GROUP];
 pub type TokenInts = [i32; GROUP];
+
+/// 256 columns of a group of tokens, quantized.
+#[derive(Debug, Clone)]
+#[repr(C, align(64))]
+pub struct QuantizedBlock {
+    pub q: [TokenQwords; 32],
+    /// Over all tokens, the largest Σ|q| of 16 columns, the larger of its positive
+    /// and negative part; the same of 32.
+    pub peaks: [i32; 4],
+    /// Scale of each 32 columns (all equal in `Q8Per256`).
+    pub d: [[f32; GROUP]; 8],
+    /// Σ q of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
+    pub pairs_16: [TokenInts; 8],
+    pub pairs_32: [TokenInts; 4],
+    /// d · Σ q of each 32.
+    pub offsets_32: [[f32; GROUP]; 8],
+    /// Σ q of each 16 and each 32 columns.
+    pub sums_16: [TokenInts; 16],
+    pub sums_32: [TokenInts; 8],
+}
+
+impl QuantizedBlock {
+    pub const EMPTY: QuantizedBlock = QuantizedBlock {
+        q: [[[0; 8]; GROUP]; 32],
+        d: [[0.0; GROUP]; 8],
+        sums_16: [[0; GROUP]; 16],
+        sums_32: [[0; GROUP]; 8],
+        pairs_16: [[0; GROUP]; 8],
+        pairs_32: [[0; GROUP]; 4],
+        offsets_32: [[0.0; GROUP]; 8],
+        peaks: [0; 4],
+    };
+}
+
+/// 256 columns of 16 rows that have a float scale a 32.
+#[repr(C, align(64))]
+pub struct FloatScales {
+    pub q: [Lanes; 64],
+    pub d: [[f32; 16]; 8],
+    pub m: [[f32; 16]; 8],
+}
+
+/// 256 columns of 16 rows that have integer scales a 16 or 32, and a float.
+#[repr(C, align(64))]
+pub struct IntegerScales {
+    pub q: [Lanes; 64],
+    /// In the form of `Isa::panel_scale`; signed types: sign-extended.
+    pub scales: [Lanes; 16],
+    /// Mins of sub-blocks 2i (low half) and 2i + 1 (high half).
+    pub min_pairs: [Lanes; 8],
+    pub d: [f32; 16],
+    /// Negated.
+    pub dmin: [f32; 16],
+}

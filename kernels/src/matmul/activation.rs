@@ -17,7 +17,7 @@ use super::MatmulKernel;
 use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB};
 use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op};
 use crate::threads::{Matrix, Pool, Tile};
-use blocks::{PanelBlock, quantize_run};
+use blocks::{PanelBlock, quantize_runs};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -346,7 +346,7 @@ impl Activations {
             (Layout::Pairs, _) => f32::from_bits(self.pair_slab(i / SLAB)[g].x[i % SLAB / 2][t_in] >> (16 * (i % 2)) << 16),
             (Layout::Groups, true) => {
                 let b = &self.slab(i / SLAB)[g];
-                b.d[i % SLAB / self.format.run_len()][t_in] * f32::from(b.q[i % SLAB / 4][t_in][i % 4])
+                b.d[i % SLAB / self.format.run_len()][t_in] * f32::from(b.q[i % SLAB / 8][t_in][i % 8])
             }
             (Layout::Groups, false) => self.float_slab(i / SLAB)[g].x[i % SLAB][t_in],
         };
@@ -361,13 +361,16 @@ impl Op for QuantizeRows<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) {
+    fn run<I: Isa>(self, isa: I) {
         let a = self.0;
         let (padded, run) = (a.padded, a.format.run_len());
         for (t, x) in a.x.chunks_exact(a.cols).enumerate() {
             let q = &mut a.q[t * padded..(t + 1) * padded];
-            for (i, q) in q.chunks_exact_mut(run).enumerate() {
-                a.d[t * padded / run + i] = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
+            let d = &mut a.d[t * padded / run..(t + 1) * padded / run];
+            if run == 32 {
+                quantize_runs::<I, 32>(isa, x, q, d);
+            } else {
+                quantize_runs::<I, SLAB>(isa, x, q, d);
             }
             for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
                 *s = q.iter().map(|&v| i16::from(v as i8)).sum();

@@ -2,7 +2,7 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::panel::{Halves, LANES, PanelWeights, transposed};
+use super::panel::{Halves, LANES, PanelWeights, sized, transposed};
 use crate::isa::{Isa, Lanes, each};
 use gguf::blocks::{self, Codec};
 
@@ -117,6 +117,7 @@ impl<F: HalfFormat> PanelWeights for Dot<F> {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut Halves<F>) {
+        let rows = &sized::<512>(rows);
         for (i, out) in p.pairs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             *out = transposed(isa, rows, 64 * i);
         }

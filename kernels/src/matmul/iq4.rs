@@ -106,6 +106,7 @@ impl PanelWeights for NlDot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales) {
+        let rows = &panel::sized::<144>(rows);
         for b in 0..8 {
             p.d[b] = panel::halves(isa, rows, 18 * b);
         }
@@ -121,6 +122,7 @@ impl PanelWeights for XsDot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<136>(rows);
         p.d = panel::halves(isa, rows, 0);
         let (low, high) = (panel::words(rows, 4), panel::words(rows, 0));
         for s in 0..8 {

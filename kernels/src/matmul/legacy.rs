@@ -64,7 +64,13 @@ macro_rules! legacy {
 
             #[inline(always)]
             fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales) {
-                unpack::<I, $name>(isa, rows, p);
+                match <$codec>::BYTES {
+                    18 => unpack::<I, $name, 144>(isa, &panel::sized(rows), p),
+                    20 => unpack::<I, $name, 160>(isa, &panel::sized(rows), p),
+                    22 => unpack::<I, $name, 176>(isa, &panel::sized(rows), p),
+                    24 => unpack::<I, $name, 192>(isa, &panel::sized(rows), p),
+                    _ => unpack::<I, $name, 272>(isa, &panel::sized(rows), p),
+                }
             }
         }
     };
@@ -176,12 +182,13 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
 
 /// Eight blocks of 32 nibbles of each row: value j and, in the high nibble, j + 16.
 #[inline(always)]
-pub fn unpack_nibbles<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: [usize; 8], q: &mut [Lanes; panel::STEPS]) {
+pub fn unpack_nibbles<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: [usize; 8], q: &mut [Lanes; panel::STEPS]) {
     for four in 0..2 {
         let mut raw = [[0u8; 64]; LANES];
-        for (raw, row) in raw.iter_mut().zip(rows) {
-            for (raw, at) in raw.as_chunks_mut::<16>().0.iter_mut().zip(&at[4 * four..]) {
-                *raw = *array(row, *at);
+        for k in 0..4 {
+            let quants: [&[u8; 16]; LANES] = each!(LANES, |r| array(rows[r], at[4 * four + k]));
+            for (raw, quants) in raw.iter_mut().zip(quants) {
+                raw[16 * k..16 * k + 16].copy_from_slice(quants);
             }
         }
         for (j, raw) in isa.transpose(raw.each_ref()).iter().enumerate() {
@@ -192,9 +199,10 @@ pub fn unpack_nibbles<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: [usize; 8], q: 
     }
 }
 
+/// `N`: eight blocks.
 #[inline(always)]
-fn unpack<I: Isa, U: Unpack>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales) {
-    let bytes = U::Codec::BYTES;
+fn unpack<I: Isa, U: Unpack, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p: &mut FloatScales) {
+    let bytes = N / 8;
     for b in 0..8 {
         p.d[b] = panel::halves(isa, rows, b * bytes);
         if let Some(at) = U::MIN {
@@ -205,9 +213,11 @@ fn unpack<I: Isa, U: Unpack>(isa: I, rows: &[&[u8]; LANES], p: &mut FloatScales)
         // A byte each: two blocks at a time.
         for two in 0..4 {
             let mut raw = [[0u8; 64]; LANES];
-            for (raw, row) in raw.iter_mut().zip(rows) {
-                raw[..32].copy_from_slice(array::<32>(row, 2 * two * bytes + U::QUANTS));
-                raw[32..].copy_from_slice(array::<32>(row, (2 * two + 1) * bytes + U::QUANTS));
+            for half in 0..2 {
+                let quants: [&[u8; 32]; LANES] = each!(LANES, |r| array(rows[r], (2 * two + half) * bytes + U::QUANTS));
+                for (raw, quants) in raw.iter_mut().zip(quants) {
+                    raw[32 * half..32 * half + 32].copy_from_slice(quants);
+                }
             }
             for (j, raw) in isa.transpose(raw.each_ref()).iter().enumerate() {
                 p.q[16 * two + j] = each!(LANES, |r| raw[r] ^ (I::SIGNED_BIAS as u32 * 0x0101_0101));

@@ -24,15 +24,14 @@ pub mod integer_scales;
 pub mod matrix;
 
 use super::activation::{Activations, Layout};
-use crate::isa::{GROUP, Isa, Lanes, Sums, TileShape, TokenDwords, TokenInts, each};
+use crate::isa::{GROUP, Isa, Lanes, Sums, TileShape, TokenInts, each};
 use crate::threads::Tile;
 use gguf::blocks::Codec;
 use std::cell::RefCell;
 
-pub use float_scales::FloatScales;
+pub use crate::isa::{FloatScales, IntegerScales, QuantizedBlock};
 pub use floats::{FloatBlock, Floats};
 pub use halves::{BfloatBlock, Halves, PairBlock};
-pub use integer_scales::IntegerScales;
 pub use matrix::{MatrixBlock, MatrixPanel};
 
 /// Columns that a panel covers.
@@ -46,39 +45,6 @@ pub const LANES: usize = 16;
 #[inline(always)]
 pub fn pair(low: i32, high: i32) -> i32 {
     (low & 0xffff) | (high << 16)
-}
-
-/// 256 columns of a group of tokens, quantized.
-#[derive(Debug, Clone)]
-#[repr(C, align(64))]
-pub struct QuantizedBlock {
-    pub q: [TokenDwords; STEPS],
-    /// Over all tokens, the largest Σ|q| of 16 columns, the larger of its positive
-    /// and negative part; the same of 32.
-    pub peaks: [i32; 4],
-    /// Scale of each 32 columns (all equal in `Q8Per256`).
-    pub d: [[f32; GROUP]; 8],
-    /// Σ q of each 16 and each 32 columns, two 16-bit sums in one: even sub-block low, odd high.
-    pub pairs_16: [TokenInts; 8],
-    pub pairs_32: [TokenInts; 4],
-    /// d · Σ q of each 32.
-    pub offsets_32: [[f32; GROUP]; 8],
-    /// Σ q of each 16 and each 32 columns.
-    pub sums_16: [TokenInts; 16],
-    pub sums_32: [TokenInts; 8],
-}
-
-impl QuantizedBlock {
-    pub const EMPTY: QuantizedBlock = QuantizedBlock {
-        q: [[[0; 4]; GROUP]; STEPS],
-        d: [[0.0; GROUP]; 8],
-        sums_16: [[0; GROUP]; 16],
-        sums_32: [[0; GROUP]; 8],
-        pairs_16: [[0; GROUP]; 8],
-        pairs_32: [[0; GROUP]; 4],
-        offsets_32: [[0.0; GROUP]; 8],
-        peaks: [0; 4],
-    };
 }
 
 /// A weight type that can be unpacked into panels.
@@ -131,7 +97,7 @@ pub trait Multiply<P> {
 
     /// Puts what was unpacked in the order that `multiply` reads.
     #[inline(always)]
-    fn arrange<I: Isa>(_panel: &mut P, _isa: I) {}
+    fn arrange<I: Isa, W: PanelWeights<Panel = P>>(_panel: &mut P, _isa: I) {}
 
     /// C (R × GROUP rows of 16 lanes), its tokens `first..first + T`, += panels · activations.
     fn multiply<I: Isa, W: PanelWeights<Panel = P>, const R: usize, const T: usize>(
@@ -193,7 +159,7 @@ fn run_tiles<I: Isa, W: PanelWeights, M: Multiply<W::Panel>, const R: usize, con
         for slab in 0..slabs {
             for (r, panel) in panels.iter_mut().enumerate() {
                 unpack::<I, W>(isa, weights, row_bytes, first + r * LANES..cols.end, slab, panel);
-                M::arrange(panel, isa);
+                M::arrange::<I, W>(panel, isa);
             }
             // What will be unpacked next: these rows' next slab, or the first of the rows after them.
             let (row, from) = if slab + 1 < slabs { (first, (slab + 1) * slab_bytes) } else { (first + R * LANES, 0) };
@@ -327,21 +293,32 @@ impl Upcoming {
     }
 }
 
+/// The rows of a slab, of a length that the compiler knows: what is read of all of them is then checked once.
+#[inline(always)]
+pub fn sized<'a, const N: usize>(rows: &[&'a [u8]; LANES]) -> [&'a [u8; N]; LANES] {
+    each!(LANES, |r| rows[r].first_chunk().expect("a slab's bytes"))
+}
+
 /// Dword `at / 4` of each row, at any alignment.
 #[inline(always)]
-pub fn words(rows: &[&[u8]; LANES], at: usize) -> Lanes {
+pub fn words<const N: usize>(rows: &[&[u8; N]; LANES], at: usize) -> Lanes {
     each!(LANES, |r| u32::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab")))
 }
 
 /// The f16 at `at` of each row.
 #[inline(always)]
-pub fn halves<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [f32; LANES] {
-    each!(LANES, |r| isa.f16(u16::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab"))))
+pub fn halves<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usize) -> [f32; LANES] {
+    let bits: [u16; LANES] = each!(LANES, |r| u16::from_le_bytes(*rows[r][at..].first_chunk().expect("within the slab")));
+    let mut out = [0.0; LANES];
+    for (out, bits) in out.as_chunks_mut::<4>().0.iter_mut().zip(bits.as_chunks::<4>().0) {
+        *out = isa.f16_4(*bits);
+    }
+    out
 }
 
 /// 64 bytes from `at` on of each row, transposed.
 #[inline(always)]
-pub fn transposed<I: Isa>(isa: I, rows: &[&[u8]; LANES], at: usize) -> [Lanes; LANES] {
+pub fn transposed<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usize) -> [Lanes; LANES] {
     isa.transpose(each!(LANES, |r| rows[r][at..].first_chunk().expect("within the slab")))
 }
 

@@ -60,6 +60,7 @@ impl PanelWeights for Dot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<84>(rows);
         p.d = panel::halves(isa, rows, 80);
         let dmin = panel::halves(isa, rows, 82);
         p.dmin = each!(LANES, |r| -dmin[r]);

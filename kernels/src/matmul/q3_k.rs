@@ -75,6 +75,7 @@ impl PanelWeights for Dot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<110>(rows);
         p.d = panel::halves(isa, rows, 108);
         let (low, high) = ([panel::words(rows, 96), panel::words(rows, 100)], panel::words(rows, 104));
         for sub in 0..16 {

@@ -84,7 +84,7 @@ impl WeightDot for Dot {
 
 /// Scales, mins, d and dmin of 16 rows, which Q4_K and Q5_K have in the same 16 bytes.
 #[inline(always)]
-pub fn unpack_scales<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+pub fn unpack_scales<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p: &mut IntegerScales) {
     p.d = panel::halves(isa, rows, 0);
     let dmin = panel::halves(isa, rows, 2);
     p.dmin = each!(LANES, |r| -dmin[r]);
@@ -116,6 +116,7 @@ impl PanelWeights for Dot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<144>(rows);
         unpack_scales(isa, rows, p);
         for n in 0..2 {
             let raw = panel::transposed(isa, rows, 16 + 64 * n);

@@ -29,6 +29,7 @@ impl PanelWeights for Dot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<176>(rows);
         unpack_scales(isa, rows, p);
         // Dwords 4 to 11 hold the fifth bits.
         let high = panel::transposed(isa, rows, 0);

@@ -59,6 +59,7 @@ impl PanelWeights for Dot {
 
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
+        let rows = &panel::sized::<210>(rows);
         p.d = panel::halves(isa, rows, 208);
         for i in 0..4 {
             let scales = panel::words(rows, 192 + 4 * i);

@@ -5,7 +5,7 @@
 //!
 //! SAFETY of every block in this file: as in `neon.rs`.
 
-use super::super::{Op, TileShape, isa_token};
+use super::super::{Op, isa_token};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -18,7 +18,6 @@ pub trait NeonRow: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// Panels hold eight columns of a row side by side, and `mmla` multiplies them.
     const MMLA: bool;
-    const TILE: TileShape;
 
     fn detect() -> Option<Self>;
     fn compile<O: Op>(self, op: O) -> O::Out;
@@ -67,11 +66,10 @@ unsafe fn smmla(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
 }
 
 macro_rules! dotprod_row {
-    ($token:ident, $name:literal, mmla: $mmla:literal, tile: $tile:ident) => {
+    ($token:ident, $name:literal, mmla: $mmla:literal) => {
         impl NeonRow for $token {
             const NAME: &'static str = $name;
             const MMLA: bool = $mmla;
-            const TILE: TileShape = TileShape::$tile;
 
             fn detect() -> Option<Self> {
                 Self::check()
@@ -105,13 +103,12 @@ macro_rules! dotprod_row {
     };
 }
 
-dotprod_row!(I8mm, "i8mm", mmla: true, tile: OneBySix);
-dotprod_row!(Dotprod, "dotprod", mmla: false, tile: OneByThree);
+dotprod_row!(I8mm, "i8mm", mmla: true);
+dotprod_row!(Dotprod, "dotprod", mmla: false);
 
 impl NeonRow for Neon {
     const NAME: &'static str = "neon";
     const MMLA: bool = false;
-    const TILE: TileShape = TileShape::OneByThree;
 
     fn detect() -> Option<Self> {
         Self::check()

@@ -1,12 +1,9 @@
 //! Blocks of a panel, filled token by token.
 
 use super::ActivationFormat;
-use crate::isa::{GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, each, nearest_bfloat};
+use crate::isa::{GROUP, HALF_TOKENS, Isa, MAGIC, MATRIX_TOKENS, each, nearest_bfloat};
 use crate::matmul::panel::matrix::LOW_UNITS;
 use crate::matmul::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB, pair};
-
-/// 1.5 · 2^23: adding it rounds to an integer.
-const MAGIC: f32 = 12_582_912.0;
 
 /// 256 values of a token, quantized.
 struct Quantized {
@@ -19,13 +16,14 @@ struct Quantized {
 
 #[inline(always)]
 fn quantize_slab<I: Isa>(isa: I, x: &[f32], format: ActivationFormat) -> Quantized {
-    let run = format.run_len();
     let (mut q, mut d) = ([0u8; SLAB], [0.0; 8]);
-    for (i, q) in q.chunks_exact_mut(run).enumerate() {
-        let scale = quantize_run(&x[(i * run).min(x.len())..((i + 1) * run).min(x.len())], q);
-        d[i * run / 32..(i + 1) * run / 32].fill(scale);
+    if format == ActivationFormat::Q8Per32 {
+        quantize_runs::<I, 32>(isa, x, &mut q, &mut d);
+    } else {
+        quantize_runs::<I, SLAB>(isa, x, &mut q, &mut d[..1]);
+        d = [d[0]; 8];
     }
-    let sums_16 = sums_of_16(isa, &[1; SLAB], &q);
+    let sums_16 = isa.sums_of_16(&[1; SLAB], &q);
     Quantized { q, d, sums_16 }
 }
 
@@ -109,7 +107,7 @@ impl PanelBlock for MatrixBlock {
             _ => d.iter().fold(0.0f32, |m, d| if *d > m { *d } else { m }) / 254.0,
         };
         let low = residuals(x, &q, &d, d_low);
-        let low_16 = sums_of_16(isa, &[1; SLAB], &low);
+        let low_16 = isa.sums_of_16(&[1; SLAB], &low);
         for (out, (q, low)) in self.q.high.iter_mut().zip(&mut self.q.low).zip(q.as_chunks::<64>().0.iter().zip(low.as_chunks::<64>().0)) {
             out.0[t] = q.map(|v| v as i8);
             out.1[t] = low.map(|v| v as i8);
@@ -152,29 +150,29 @@ impl PanelBlock for QuantizedBlock {
         for (out, d) in self.d.iter_mut().zip(d) {
             out[t] = d;
         }
-        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<4>().0) {
+        for (out, q) in self.q.iter_mut().zip(q.as_chunks::<8>().0) {
             out[t] = q.map(|v| v as i8);
+        }
+        let sums_32: [i32; 8] = each!(8, |s| sums[2 * s] + sums[2 * s + 1]);
+        for s in 0..8 {
+            self.sums_32[s][t] = sums_32[s];
+        }
+        if format == ActivationFormat::Q8Per32 {
+            for s in 0..8 {
+                self.offsets_32[s][t] = sums_32[s] as f32 * d[s];
+            }
+            return;
+        }
+        for s in 0..16 {
+            self.sums_16[s][t] = sums[s];
         }
         let mut magnitudes = q;
         magnitudes.iter_mut().for_each(|v| *v = (*v as i8).unsigned_abs());
-        let sizes = sums_of_16(isa, &magnitudes, &[1; SLAB]);
-        for (s, sum) in sums.iter().enumerate() {
-            self.sums_16[s][t] = *sum;
-        }
-        let mut peaks = [0i32; 4];
-        for s in 0..16 {
-            peaks[0] = peaks[0].max(sizes[s]);
-            peaks[1] = peaks[1].max((sizes[s] + sums[s].abs()) / 2);
-        }
-        for s in 0..8 {
-            let (sum, size) = (sums[2 * s] + sums[2 * s + 1], sizes[2 * s] + sizes[2 * s + 1]);
-            self.sums_32[s][t] = sum;
-            self.offsets_32[s][t] = sum as f32 * self.d[s][t];
-            peaks[2] = peaks[2].max(size);
-            peaks[3] = peaks[3].max((size + sum.abs()) / 2);
-        }
+        let sizes = isa.sums_of_16(&magnitudes, &[1; SLAB]);
+        let sizes_32: [i32; 8] = each!(8, |s| sizes[2 * s] + sizes[2 * s + 1]);
+        let peaks = [largest(&sizes), larger_sign(&sizes, &sums), largest(&sizes_32), larger_sign(&sizes_32, &sums_32)];
         let before = if t == 0 { [0; 4] } else { self.peaks };
-        self.peaks = std::array::from_fn(|i| peaks[i].max(before[i]));
+        self.peaks = each!(4, |i| peaks[i].max(before[i]));
     }
 
     #[inline(always)]
@@ -192,35 +190,33 @@ impl PanelBlock for QuantizedBlock {
     }
 }
 
-/// Σ u·s of each 16; `u` and `s` as of [`Isa::dot_unsigned`].
 #[inline(always)]
-fn sums_of_16<I: Isa>(isa: I, u: &[u8; SLAB], s: &[u8; SLAB]) -> [i32; 16] {
-    let mut fours = [0.0f32; SLAB / 4];
-    for ((out, u), s) in fours.as_chunks_mut::<16>().0.iter_mut().zip(u.as_chunks().0).zip(s.as_chunks().0) {
-        // Exact: below 2^24.
-        isa.store_float(isa.to_float(isa.dot_unsigned(isa.zero_int(), isa.load(u), isa.load(s))), out);
-    }
-    each!(16, |i| (fours[4 * i] + fours[4 * i + 1] + fours[4 * i + 2] + fours[4 * i + 3]) as i32)
+fn largest(sizes: &[i32]) -> i32 {
+    sizes.iter().fold(0, |m, s| m.max(*s))
 }
 
-/// Quantizes one run (shorter at the end of a row) to i8, as bytes, and returns its scale.
+/// The larger of the positive and the negative part, of sums and of sums of magnitudes.
 #[inline(always)]
-pub fn quantize_run(x: &[f32], q: &mut [u8]) -> f32 {
-    let mut peaks = [0.0f32; 16];
-    let mut chunks = x.chunks_exact(16);
-    for c in &mut chunks {
-        for l in 0..16 {
-            let a = c[l].abs();
-            peaks[l] = if a > peaks[l] { a } else { peaks[l] };
-        }
+fn larger_sign(sizes: &[i32], sums: &[i32]) -> i32 {
+    sizes.iter().zip(sums).fold(0, |m, (size, sum)| m.max(size + sum.abs())) / 2
+}
+
+/// Quantizes runs of values (the last may be shorter, or not be there at all) to i8, as bytes, and gives their scales.
+#[inline(always)]
+pub fn quantize_runs<I: Isa, const RUN: usize>(isa: I, x: &[f32], q: &mut [u8], d: &mut [f32]) {
+    for (i, (q, d)) in q.as_chunks_mut::<RUN>().0.iter_mut().zip(d).enumerate() {
+        let left = &x[(i * RUN).min(x.len())..];
+        let mut last;
+        let x = match left.first_chunk::<RUN>() {
+            Some(x) => x,
+            None => {
+                last = [0.0; RUN];
+                last[..left.len()].copy_from_slice(left);
+                &last
+            }
+        };
+        let peak = isa.peak(x);
+        *q = isa.rounded(x, if peak > 0.0 { 127.0 / peak } else { 0.0 });
+        *d = peak / 127.0;
     }
-    let peak = peaks.iter().chain(chunks.remainder()).fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
-    let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
-    let (body, tail) = q.split_at_mut(x.len());
-    for (q, &v) in body.iter_mut().zip(x) {
-        let r = v * inverse + MAGIC;
-        *q = (r.to_bits() as i32 - MAGIC.to_bits() as i32) as u8;
-    }
-    tail.fill(0);
-    peak / 127.0
 }

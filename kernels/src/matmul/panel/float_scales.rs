@@ -8,16 +8,9 @@
 //! ```
 
 use super::matrix::{PANELS, prefetch_start, prefetch_sums};
-use super::{LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use super::{FloatScales, LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
 use crate::isa::{Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, each};
 use crate::matmul::activation::Activations;
-
-#[repr(C, align(64))]
-pub struct FloatScales {
-    pub q: [Lanes; STEPS],
-    pub d: [[f32; LANES]; 8],
-    pub m: [[f32; LANES]; 8],
-}
 
 impl Panel for FloatScales {
     type Matrix = SignedBytes;
@@ -33,8 +26,8 @@ impl Multiply<Self> for FloatScales {
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
-        isa.arrange(&mut panel.q);
+    fn arrange<I: Isa, W: PanelWeights<Panel = Self>>(panel: &mut Self, isa: I) {
+        isa.arrange(&mut panel.q, W::OFFSET);
     }
 
     #[inline(always)]
@@ -46,15 +39,18 @@ impl Multiply<Self> for FloatScales {
         c: &mut [Sums],
         next: &mut Upcoming,
     ) {
+        if I::OWN_TILES {
+            return isa.multiply_float_scales::<T>(&panels[0], x, first, W::MINS, c);
+        }
         let mut sum = [[isa.zero_float(); T]; R];
         for block in 0..8 {
             next.prefetch(isa);
-            let steps = 8 * block..8 * block + 8;
-            let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[steps.clone()]);
+            let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[8 * block..8 * block + 8]);
+            let q = &x.q[4 * block..4 * block + 4];
             let mut p;
             if W::SIGNED {
                 p = super::biased_start::<I, R, T>(isa, &x.sums_32[block], first);
-                isa.dots::<R, T, true>(&mut p, w, &x.q[steps], first);
+                isa.dots::<R, T, true>(&mut p, w, q, first);
             } else {
                 p = [[isa.zero_int(); T]; R];
                 for t in 0..T {
@@ -63,7 +59,7 @@ impl Multiply<Self> for FloatScales {
                         p[t] = first;
                     }
                 }
-                isa.dots::<R, T, false>(&mut p, w, &x.q[steps], first);
+                isa.dots::<R, T, false>(&mut p, w, q, first);
             }
             for r in 0..R {
                 let (d, m) = (isa.load_float(&panels[r].d[block]), isa.load_float(&panels[r].m[block]));

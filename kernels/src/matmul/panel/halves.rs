@@ -32,7 +32,7 @@ impl<F: HalfFormat> Multiply<Self> for Halves<F> {
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
+    fn arrange<I: Isa, W: PanelWeights<Panel = Self>>(panel: &mut Self, isa: I) {
         for (out, pair) in panel.w.as_chunks_mut().0.iter_mut().zip(&panel.pairs) {
             *out = F::pair(isa, pair);
         }

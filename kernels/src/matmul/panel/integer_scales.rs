@@ -13,21 +13,9 @@
 //! nearly all, one 16-bit multiply-add applies a scale; else a wider one does.
 
 use super::matrix::{LOW_UNITS, PANELS, prefetch_start, prefetch_sums};
-use super::{LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
+use super::{IntegerScales, LANES, MatrixBlock, MatrixPanel, Multiply, Panel, PanelWeights, QuantizedBlock, STEPS, Upcoming};
 use crate::isa::{GROUP, Isa, Lanes, MATRIX_TOKENS, MatrixDepth, MatrixSums, Sums, TokenInts, each};
 use crate::matmul::activation::Activations;
-
-#[repr(C, align(64))]
-pub struct IntegerScales {
-    pub q: [Lanes; STEPS],
-    /// In the form of `Isa::panel_scale`; signed types: sign-extended.
-    pub scales: [Lanes; 16],
-    /// Mins of sub-blocks 2i (low half) and 2i + 1 (high half).
-    pub min_pairs: [Lanes; 8],
-    pub d: [f32; LANES],
-    /// Negated.
-    pub dmin: [f32; LANES],
-}
 
 /// True if |Σ (q − OFFSET)·x| of each sub-block is below 2^15 for every possible weight.
 #[inline(always)]
@@ -56,8 +44,8 @@ impl Multiply<Self> for IntegerScales {
     }
 
     #[inline(always)]
-    fn arrange<I: Isa>(panel: &mut Self, isa: I) {
-        isa.arrange(&mut panel.q);
+    fn arrange<I: Isa, W: PanelWeights<Panel = Self>>(panel: &mut Self, isa: I) {
+        isa.arrange(&mut panel.q, W::OFFSET);
     }
 
     #[inline(always)]
@@ -69,6 +57,9 @@ impl Multiply<Self> for IntegerScales {
         c: &mut [Sums],
         next: &mut Upcoming,
     ) {
+        if I::OWN_TILES {
+            return isa.multiply_integer_scales::<T>(&panels[0], x, first, W::SUB, W::MINS, c);
+        }
         let mut acc = [[isa.zero_int(); T]; R];
         if W::SIGNED {
             signed::<I, W, R, T>(isa, panels, x, first, &mut acc, next);
@@ -123,17 +114,17 @@ fn unsigned<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, cons
     let steps = W::SUB / 4;
     for sub in 0..256 / W::SUB {
         next.prefetch(isa);
-        let range = sub * steps..(sub + 1) * steps;
-        let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[range.clone()]);
+        let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[sub * steps..(sub + 1) * steps]);
+        let q = &x.q[sub * steps / 2..(sub + 1) * steps / 2];
         let scale: [&Lanes; R] = each!(R, |r| &panels[r].scales[sub]);
         let init = (W::OFFSET != 0).then_some(&init[sub]);
         // The largest quant decides how soon 16-bit sums overflow.
         match W::MAX {
-            ..=3 => isa.scaled_dots::<R, T, 3, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            4..=7 => isa.scaled_dots::<R, T, 7, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            8..=15 => isa.scaled_dots::<R, T, 15, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            16..=31 => isa.scaled_dots::<R, T, 31, NARROW>(acc, w, &x.q[range], tokens, init, scale),
-            _ => isa.scaled_dots::<R, T, 63, NARROW>(acc, w, &x.q[range], tokens, init, scale),
+            ..=3 => isa.scaled_dots::<R, T, 3, NARROW>(acc, w, q, tokens, init, scale),
+            4..=7 => isa.scaled_dots::<R, T, 7, NARROW>(acc, w, q, tokens, init, scale),
+            8..=15 => isa.scaled_dots::<R, T, 15, NARROW>(acc, w, q, tokens, init, scale),
+            16..=31 => isa.scaled_dots::<R, T, 31, NARROW>(acc, w, q, tokens, init, scale),
+            _ => isa.scaled_dots::<R, T, 63, NARROW>(acc, w, q, tokens, init, scale),
         }
     }
 }
@@ -152,8 +143,8 @@ fn signed<I: Isa, W: PanelWeights<Panel = IntegerScales>, const R: usize, const 
         next.prefetch(isa);
         let sums = if W::SUB == 16 { &x.sums_16[sub] } else { &x.sums_32[sub % 8] };
         let mut p = super::biased_start::<I, R, T>(isa, sums, tokens);
-        let range = sub * steps..(sub + 1) * steps;
-        isa.dots::<R, T, true>(&mut p, each!(R, |r| &panels[r].q[range.clone()]), &x.q[range], tokens);
+        let w: [&[Lanes]; R] = each!(R, |r| &panels[r].q[sub * steps..(sub + 1) * steps]);
+        isa.dots::<R, T, true>(&mut p, w, &x.q[sub * steps / 2..(sub + 1) * steps / 2], tokens);
         for r in 0..R {
             let scale = isa.load_int(&panels[r].scales[sub]);
             for t in 0..T {
