@@ -132,7 +132,9 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
     let mut mins = [[0.0f32; 4]; R];
     for (four, q) in x.q.as_chunks::<128>().0.iter().take(n_blocks.div_ceil(4)).enumerate() {
         let dx: &[f32; 4] = x.d[4 * four..].first_chunk().expect("padded activations");
-        let xs = if U::SIGNED { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
+        // Signed quants that need no bias go the way of nibbles: a block's halves meet in one sum.
+        let in_pairs = U::SIGNED && I::SIGNED_BIAS != 0;
+        let xs = if in_pairs { (isa.load(array(q, 0)), isa.load(array(q, 64))) } else { as_nibbles(isa, q) };
         let biased = (isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.0), isa.dot_unsigned(isa.zero_int(), isa.splat_u8(64), xs.1));
         let start = start(isa, U::ZERO, xs);
         let dxs = isa.quarters(*dx);
@@ -150,16 +152,20 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
                 }
             };
             super::prefetch_block(isa, b.as_flattened());
-            if U::SIGNED {
+            if in_pairs {
                 let d = f16s(isa, b, 0);
                 let d: [f32; 4] = each!(4, |k| d[k] * dx[k]);
                 for (pair, (xs, bias)) in [(xs.0, biased.0), (xs.1, biased.1)].into_iter().enumerate() {
                     let w = isa.load_halves(array(&b[2 * pair], U::QUANTS), array(&b[2 * pair + 1], U::QUANTS));
                     // −128·Σx, as twice 64.
-                    let start = if I::SIGNED_BIAS == 0 { isa.zero_int() } else { isa.sub_int(isa.sub_int(isa.zero_int(), bias), bias) };
+                    let start = isa.sub_int(isa.sub_int(isa.zero_int(), bias), bias);
                     let p = isa.dot_biased(start, isa.to_biased(w), xs);
                     acc[r] = isa.add_halves(p, [d[2 * pair], d[2 * pair + 1]], acc[r]);
                 }
+            } else if U::SIGNED {
+                let w = each!(2, |half| isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS + 16 * half))));
+                let p = isa.dot_biased(isa.dot_biased(isa.zero_int(), w[0], xs.0), w[1], xs.1);
+                acc[r] = isa.add_quarters(p, isa.mul_quarters(isa.block_scales::<BYTES, 0>(b), dxs), acc[r]);
             } else {
                 let raw = isa.load_quarters(each!(4, |k| array(&b[k], U::QUANTS)));
                 let (mut low, mut high) = (isa.low_nibbles(raw), isa.high_nibbles(raw));
