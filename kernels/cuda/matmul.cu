@@ -1,14 +1,25 @@
 // out[token][row] = Σ weight[row][column] · x[token][column], up to three matrices that share x.
 //
 // A block's 8 warps divide row tiles of 16, and SPLIT of them share a tile,
-// each taking every SPLIT-th slab of 256 columns.
+// each taking every SPLIT-th slab of 256 columns. Tokens of experts come in
+// blocks of the grid's height, each of one expert.
 #include "multiply.cuh"
 
 struct MatmulArgs {
     Matrix matrices[3];
     Forms x;
     uint32_t n_matrices, n_tokens, n_slabs;
+    const uint32_t *experts; // of each block of tokens, or NOBODY; null: there are none
 };
+
+// False: this block of tokens is nobody's.
+__device__ __forceinline__ bool find_expert(const MatmulArgs &a, Matrix &m) {
+    if (!a.experts) return true;
+    const uint32_t expert = a.experts[blockIdx.y];
+    if (expert == NOBODY) return false;
+    m.chunks = m.by_expert[expert];
+    return true;
+}
 
 // grid: row tiles of all matrices / (8 / SPLIT) × tokens / (8·NT).
 template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(const MatmulArgs &a) {
@@ -16,7 +27,8 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
     unsigned tile = blockIdx.x * (WARPS / SPLIT) + warp / SPLIT, which = 0;
     while (which < a.n_matrices && tile >= row_tiles(a.matrices[which])) tile -= row_tiles(a.matrices[which++]);
     const bool real = which < a.n_matrices;
-    const Matrix m = a.matrices[real ? which : 0];
+    Matrix m = a.matrices[real ? which : 0];
+    if (!find_expert(a, m)) return;
 
     Sums<NT> sums = {};
     if (real) accumulate<NT, SPLIT, true>(m, a.x, tile, a.n_slabs, size_t(blockIdx.y) * NT * a.n_slabs, part, lane, sums);
@@ -73,7 +85,8 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     unsigned group = blockIdx.x, which = 0;
     for (unsigned n; group >= (n = (row_tiles(a.matrices[which]) + WARPS - 1) / WARPS); which++) group -= n;
-    const Matrix m = a.matrices[which];
+    Matrix m = a.matrices[which];
+    if (!find_expert(a, m)) return;
     const unsigned tile = group * WARPS + warp, row_of_lane = tile * TILE_ROWS + lane / 4;
     const bool real = tile < row_tiles(m);
 

@@ -8,6 +8,7 @@ struct Matrix {
     const uint8_t *chunks;
     float *out;
     uint32_t rows, stride, type, add; // stride: floats from token to token; add: to what is in `out`
+    const uint8_t *const *by_expert;  // chunks of each expert's matrix; null: `chunks` are everybody's
 };
 
 constexpr unsigned WARPS = 8;

@@ -9,6 +9,7 @@ struct QuantizeArgs {
     ActivationBlock *per_256; // for weights with integer sub-block scales, or null
     HalfBlock *halves;    // for F16, or null
     HalfBlock *bfloats;   // for BF16, or null
+    const uint32_t *rows; // of x, for each token, or NOBODY; null: its own. With `up` it says only who is nobody
     uint32_t n_tokens, n_columns;
     float eps;
 };
@@ -16,8 +17,10 @@ struct QuantizeArgs {
 // grid: tokens, padded to 8.
 KERNEL_OF(256, quantize, QuantizeArgs) {
     const unsigned token = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-    const bool real = token < a.n_tokens;
-    const float *x = a.x + size_t(token) * a.n_columns;
+    uint32_t row = token >= a.n_tokens ? NOBODY : a.rows ? a.rows[token] : token;
+    const bool real = row != NOBODY;
+    if (a.up) row = token;
+    const float *x = a.x + (real ? row : 0) * size_t(a.n_columns);
 
     float scale = 1;
     if (a.norm) {

@@ -21,6 +21,9 @@
 #pragma once
 #include "ptx.cuh"
 
+// In the place of a token or an expert.
+constexpr uint32_t NOBODY = ~0u;
+
 constexpr unsigned TILE_ROWS = 16, CHUNK_COLUMNS = 256, STEPS = 4;
 
 // Of 8 tokens × 256 columns, in the same order: lane (g, t) has token g.

@@ -34,9 +34,9 @@ mod amx;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512vnni;
+mod dispatch;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
-mod dispatch;
 mod operands;
 pub mod scalar;
 

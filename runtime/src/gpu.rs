@@ -1,7 +1,7 @@
 //! A model on a GPU: its matrices packed there once, its cache and scratch
 //! beside them, the layers launched one after the other. The host keeps the
 //! embedding, from which rows go up, and gets logits back; it also runs, from
-//! the map, the first layers if not all have room ([`Split`]), and experts.
+//! the map, the first layers or their experts if not all have room ([`Split`]).
 //!
 //! What will be allocated is said by [`needs`] from the header alone, buffer by
 //! buffer, and `GpuDecoder` allocates just that.
@@ -16,17 +16,17 @@ use crate::decoder::{self, Batch, Step, Want, check_finite, check_step, first_wa
 use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvCache};
 use crate::layers;
-use crate::model::{FeedForwardWeights, Model, Weight};
+use crate::model::{self, FeedForwardWeights, Model, Weight};
 use gguf::arch::{Dim, RopeLayout};
 use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
 use kernels::cuda::{
-    Buffer, Device, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, StepPart, StepState, Top, WeightMatrix, attention,
-    attention_step, matmul, rotate, splits,
+    Buffer, Device, ExpertJob, ExpertMatrices, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, Router, Routing, StepPart,
+    StepState, Top, WeightMatrix, attention, attention_step, matmul, matmul_experts, rotate, splits,
 };
 use kernels::vecmath::RopeTable;
 use loader::Loader;
-use memory::{LOGIT_ROWS, batch, cache_type, heads, scratch_floats, widest};
+use memory::{LOGIT_ROWS, batch, cache_type, heads, inner_rows, scratch_floats, widest};
 use step::{Few, Head, Kind, Parts};
 
 struct Layer {
@@ -35,8 +35,7 @@ struct Layer {
     output: WeightMatrix,
     biases: [Option<Buffer>; 3],
     head_norms: [Option<Buffer>; 2],
-    /// None: the host runs it.
-    mlp: Option<Mlp>,
+    feed_forward: FeedForward,
 }
 
 impl Layer {
@@ -53,6 +52,53 @@ impl Layer {
     }
 }
 
+enum FeedForward {
+    Dense(Mlp),
+    Experts(Experts),
+    /// The host runs it.
+    OnHost,
+}
+
+impl FeedForward {
+    /// Of `layer`, whose matrices `load` gives in the order of [`matrices`].
+    fn load(
+        device: &Device,
+        layer: &model::Layer,
+        experts_too: bool,
+        eps: f32,
+        load: &mut dyn FnMut(&Weight) -> Result<WeightMatrix>,
+    ) -> Result<FeedForward> {
+        Ok(match &layer.feed_forward {
+            FeedForwardWeights::Dense(mlp) => FeedForward::Dense(Mlp {
+                gate: load(&mlp.gate)?,
+                up: load(&mlp.up)?,
+                down: load(&mlp.down)?,
+                norm: device.upload_floats("norms", &layer.ffn_norm)?,
+            }),
+            FeedForwardWeights::Experts { router, experts } if experts_too => {
+                let mut stack = |of: fn(&model::Mlp) -> &Weight| -> Result<ExpertMatrices> {
+                    let matrices = experts.iter().map(|e| load(of(e))).collect::<Result<_>>()?;
+                    Ok(ExpertMatrices::new(device, matrices)?)
+                };
+                let [gate, up, down] = [stack(|e| &e.gate)?, stack(|e| &e.up)?, stack(|e| &e.down)?];
+                let mut rows = vec![0.0; router.plan().rows() * router.plan().cols()];
+                router.read_rows(0, &mut rows);
+                let norm = device.upload_floats("norms", &layer.ffn_norm)?;
+                let router = Router { norm, rows: device.upload_floats("norms", &rows)?, eps };
+                FeedForward::Experts(Experts { router, gate, up, down })
+            }
+            FeedForwardWeights::Experts { .. } => FeedForward::OnHost,
+        })
+    }
+}
+
+struct Experts {
+    router: Router,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+}
+
 struct Mlp {
     norm: Buffer,
     gate: WeightMatrix,
@@ -67,6 +113,7 @@ struct Scratch {
     attended: Buffer,
     gate: Buffer,
     up: Buffer,
+    expert_out: Buffer,
     logits: Buffer,
     cos: Buffer,
     sin: Buffer,
@@ -104,6 +151,8 @@ pub struct GpuDecoder<'m> {
     output: WeightMatrix,
     cache: Vec<LayerCache>,
     inputs: Inputs,
+    /// If experts are here.
+    routing: Option<Routing>,
     scratch: Scratch,
     state: StepState,
     top: Top,
@@ -135,8 +184,9 @@ impl<'m> GpuDecoder<'m> {
         }
         let (heads, batch, kind) = (heads(h), batch(shape), cache_type(shape.kv)?);
         let mut forms: Vec<Form> = vec![];
-        let on_gpu = &model.layers[split.on_host.min(model.layers.len())..];
-        let loader = Loader::start(device, on_gpu.iter().flat_map(matrices).chain([&model.output]).cloned().collect());
+        let on_gpu = || model.layers.iter().enumerate().skip(split.on_host).map(|(i, l)| (l, i >= split.experts_on_host));
+        let loaded_in_order = on_gpu().flat_map(|(l, experts)| matrices(l, experts)).chain([&model.output]);
+        let loader = Loader::start(device, loaded_in_order.cloned().collect());
         // In the loader's order.
         let mut load = |w: &Weight| -> Result<WeightMatrix> {
             let (plan, block) = (w.plan(), w.plan().kernel().block());
@@ -150,20 +200,12 @@ impl<'m> GpuDecoder<'m> {
             Ok(matrix)
         };
         let mut layers = vec![];
-        for layer in on_gpu {
+        for (layer, experts_too) in on_gpu() {
             let a = &layer.attention;
             layers.push(Layer {
                 qkv: [load(&a.q)?, load(&a.k)?, load(&a.v)?],
                 output: load(&a.output)?,
-                mlp: match &layer.feed_forward {
-                    FeedForwardWeights::Dense(mlp) => Some(Mlp {
-                        gate: load(&mlp.gate)?,
-                        up: load(&mlp.up)?,
-                        down: load(&mlp.down)?,
-                        norm: device.upload_floats("norms", &layer.ffn_norm)?,
-                    }),
-                    FeedForwardWeights::Experts { .. } => None,
-                },
+                feed_forward: FeedForward::load(device, layer, experts_too, h.rms_eps, &mut load)?,
                 norm: device.upload_floats("norms", &a.norm)?,
                 biases: vectors(device, [&a.q_bias, &a.k_bias, &a.v_bias])?,
                 head_norms: vectors(device, [&a.q_norm, &a.k_norm])?,
@@ -173,10 +215,14 @@ impl<'m> GpuDecoder<'m> {
         let output_norm = device.upload_floats("norms", &model.output_norm)?;
         let cache = |_| LayerCache::new(device, heads, shape.sequences, shape.context, kind);
         let cache = (0..layers.len()).map(cache).collect::<kernels::Result<Vec<_>>>()?;
-        let inputs = Inputs::new(device, &forms, batch, widest(h))?;
+        let experts = split.expert_layers(h) > 0;
+        let rows = inner_rows(h, batch, experts);
+        let inputs = Inputs::new(device, &forms, rows.max(batch), widest(h, rows))?;
+        let routing = || Routing::new(device, batch, h.n_experts as usize, h.n_experts_used as usize);
+        let routing = experts.then(routing).transpose()?;
         let state = StepState::new(device, heads, batch.min(shape.sequences))?;
         let (top, few) = (Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
-        let mut lengths = scratch_floats(h, batch).into_iter();
+        let mut lengths = scratch_floats(h, batch, experts).into_iter();
         let mut next = || device.allocate("scratch", 4 * lengths.next().unwrap_or(0));
         let scratch = Scratch {
             x: next()?,
@@ -184,13 +230,14 @@ impl<'m> GpuDecoder<'m> {
             attended: next()?,
             gate: next()?,
             up: next()?,
+            expert_out: next()?,
             logits: next()?,
             cos: next()?,
             sin: next()?,
             q_scales: next()?,
         };
         let (frequencies, magnitude) = rope_frequencies(h, model.rope_factors.as_deref());
-        let host = if split.on_host > 0 || h.n_experts > 0 {
+        let host = if split.uses_host(h) {
             let cache = |_| KvCache::for_layers(h, split.on_host, shape.context, shape.kv);
             let caches = (0..shape.sequences).map(cache).collect::<Result<_>>()?;
             Some(Host { scratch: decoder::Scratch::new(h, 1), batch: 1, caches })
@@ -207,6 +254,7 @@ impl<'m> GpuDecoder<'m> {
             output,
             cache,
             inputs,
+            routing,
             scratch,
             state,
             top,
@@ -362,18 +410,32 @@ impl<'m> GpuDecoder<'m> {
             self.inputs.fill(d, &s.attended, 0, n, attn_out, OnTheWay::Nothing, &[layer.output.form()])?;
             matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], &self.inputs)?;
 
-            if let Some(mlp) = &layer.mlp {
-                let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
-                self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
-                matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], &self.inputs)?;
-                self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
-                matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], &self.inputs)?;
-            } else if let Some(host) = &mut self.host {
-                self.x.clear();
-                s.x.read_floats_into(0, n * hidden, &mut self.x)?;
-                host.load(self.model, &self.x, n);
-                layers::feed_forward::run(&step, in_map, &mut host.scratch);
-                s.x.write_floats(&host.scratch.x[..n * hidden])?;
+            match (&layer.feed_forward, &mut self.routing, &mut self.host) {
+                (FeedForward::Dense(mlp), ..) => {
+                    let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
+                    self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
+                    matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], &self.inputs)?;
+                    self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
+                    matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], &self.inputs)?;
+                }
+                (FeedForward::Experts(e), Some(routing), _) => {
+                    routing.route(d, &e.router, &s.x, n, hidden)?;
+                    let norm = OnTheWay::Norm { weight: &e.router.norm, eps };
+                    let job = |weights, out| ExpertJob { weights, out };
+                    self.inputs.fill_routed(d, &s.x, routing, hidden, norm, &forms(&[e.gate.first(), e.up.first()]))?;
+                    matmul_experts(d, &[job(&e.gate, &s.gate), job(&e.up, &s.up)], &self.inputs, routing)?;
+                    self.inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[e.down.first().form()])?;
+                    matmul_experts(d, &[job(&e.down, &s.expert_out)], &self.inputs, routing)?;
+                    routing.combine(d, &s.expert_out, &s.x, hidden)?;
+                }
+                (_, _, Some(host)) => {
+                    self.x.clear();
+                    s.x.read_floats_into(0, n * hidden, &mut self.x)?;
+                    host.load(self.model, &self.x, n);
+                    layers::feed_forward::run(&step, in_map, &mut host.scratch);
+                    s.x.write_floats(&host.scratch.x[..n * hidden])?;
+                }
+                _ => unreachable!("`new` made what its layers need"),
             }
         }
         self.advance(batch);
@@ -425,12 +487,18 @@ impl<'m> GpuDecoder<'m> {
     }
 }
 
-/// The matrices of a layer that a GPU takes.
-fn matrices(layer: &crate::model::Layer) -> Vec<&Weight> {
+/// The matrices of a layer that a GPU takes, in the order in which they are loaded.
+fn matrices(layer: &model::Layer, experts_too: bool) -> Vec<&Weight> {
     let a = &layer.attention;
     let mut out = vec![&a.q, &a.k, &a.v, &a.output];
-    if let FeedForwardWeights::Dense(mlp) = &layer.feed_forward {
-        out.extend([&mlp.gate, &mlp.up, &mlp.down]);
+    match &layer.feed_forward {
+        FeedForwardWeights::Dense(mlp) => out.extend([&mlp.gate, &mlp.up, &mlp.down]),
+        FeedForwardWeights::Experts { experts, .. } if experts_too => {
+            out.extend(experts.iter().map(|e| &e.gate));
+            out.extend(experts.iter().map(|e| &e.up));
+            out.extend(experts.iter().map(|e| &e.down));
+        }
+        FeedForwardWeights::Experts { .. } => {}
     }
     out
 }
@@ -453,7 +521,7 @@ pub fn place<'m>(model: &'m Model, Target { device, loaded }: Target, shape: Cac
     let tensors: Vec<TensorInfo> = model.file().tensors().map(|t| t.info.clone()).collect();
     let (h, available) = (model.hparams(), device.room()?);
     let Some(split) = best_split(h, &tensors, shape, available)? else {
-        let needed = needs(h, &tensors, shape, Split { on_host: h.n_layers as usize })?.peak();
+        let needed = needs(h, &tensors, shape, Split::layers(h.n_layers as usize))?.peak();
         return Err(Error::GpuTooSmall { what: "the head with its scratch", needed, available });
     };
     GpuDecoder::new(model, device, shape, split, loaded)

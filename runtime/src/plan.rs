@@ -27,12 +27,15 @@ impl Device {
 
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
-    /// On the device planned for, every layer of it (experts and the embedding of a GPU's model lie on the host).
+    /// On the device planned for, every layer of it (the embedding of a GPU's model lies on the host, and so many of
+    /// its experts as the GPU has no room for).
     pub fits: bool,
     /// Largest context with which it does; 0 if not even one token does.
     pub max_ctx: u64,
     pub ctx: u64,
     pub devices: Vec<Device>,
+    /// Layers whose experts lie on the GPU that is planned for, of a model that has any.
+    pub gpu_expert_layers: Option<u64>,
     /// A model that does not fit a GPU whole: as many layers as it holds, the others on the CPU.
     pub split: Option<SplitPlan>,
 }
@@ -127,7 +130,7 @@ impl Model<'_> {
     fn gpu(&self, vram: u64, ctx: u64, split: Split) -> Result<Vec<Device>> {
         let (h, r) = (self.h, self.request);
         let needs = gpu::needs(h, self.tensors, r.cache(ctx), split)?;
-        let host_runs = split.on_host > 0 || h.n_experts > 0;
+        let host_runs = split.uses_host(h);
         let gpu = Device {
             name: "gpu".into(),
             budget: gpu_budget(vram),
@@ -152,16 +155,25 @@ pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> Result<MemoryPl
         return Err(Error::BadOption { what: "the number of sequences", value: r.sequences.to_string(), rule: "at least 1" });
     }
     let m = Model { h, tensors, request: r };
+    // Every layer on the GPU, and as many of their experts as it has room for.
+    let whole = |vram, ctx| -> Result<Split> {
+        let best = gpu::best_split(h, tensors, r.cache(ctx), gpu_budget(vram))?;
+        Ok(best.filter(|s| s.on_host == 0).unwrap_or(Split::without_experts(h, 0)))
+    };
     let devices = |ctx| match r.vram {
         None => Ok(vec![m.cpu(ctx)]),
-        Some(vram) => m.gpu(vram, ctx, Split::WHOLE),
+        Some(vram) => m.gpu(vram, ctx, whole(vram, ctx)?),
     };
     let fits = |devices: &[Device]| devices.iter().all(|d| d.total() <= d.budget);
     let max_ctx = largest(h.context_length.min(MAX_CONTEXT / r.sequences), |ctx| Ok(fits(&devices(ctx)?)))?;
     let own = if max_ctx == 0 && r.vram.is_some() { h.context_length.min(4096) } else { max_ctx.max(1) };
     let ctx = if r.ctx == 0 { own } else { checked(r.ctx.saturating_mul(r.sequences))? / r.sequences };
     let devices = devices(ctx)?;
-    let mut plan = MemoryPlan { fits: fits(&devices), max_ctx, ctx, devices, split: None };
+    let gpu_expert_layers = match r.vram {
+        Some(vram) if h.n_experts > 0 => Some(whole(vram, ctx)?.expert_layers(h) as u64),
+        _ => None,
+    };
+    let mut plan = MemoryPlan { fits: fits(&devices), max_ctx, ctx, devices, gpu_expert_layers, split: None };
     if let (false, Some(vram)) = (plan.fits, r.vram)
         && let Some(split) = gpu::best_split(h, tensors, r.cache(ctx), gpu_budget(vram))?
     {

@@ -107,7 +107,12 @@ fn inspect_plan_and_verify_answer_in_json() {
     assert_eq!((gpu["kv"].clone(), p["fits"].clone()), ((229_376u64 * 32_768).into(), true.into()));
     assert_eq!(json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--ram", "32GiB", "--json"])["fits"], false);
     // With memory for the experts it does; a dense model too large for the card is split between it and the CPU.
-    assert_eq!(json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--ram", "96GiB", "--json"])["fits"], true);
+    let p = json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "24GiB", "--ram", "96GiB", "--json"]);
+    assert_eq!(p["fits"], true);
+    // Of its 56 layers' experts the card takes some; a card of 139 GiB takes all.
+    assert!((1..56).contains(&p["gpu_expert_layers"].as_u64().unwrap()), "{p}");
+    let large = json(&["plan", "mixtral-8x22b", "-t", "Q4_K_M", "--vram", "139GiB", "--ram", "16GiB", "--json"]);
+    assert_eq!((&large["fits"], &large["gpu_expert_layers"]), (&true.into(), &56.into()), "{large}");
     let p = json(&["plan", "mistral-22b", "-t", "Q8_0", "--ctx", "32768", "--vram", "24GiB", "--ram", "16GiB", "--json"]);
     let layers = p["split"]["gpu_layers"].as_u64().unwrap();
     assert!(p["fits"] == false && p["max_ctx"].as_u64() < Some(32768) && (40..56).contains(&layers), "{p}");

@@ -2,6 +2,9 @@
 //! (`--features cuda-host`), and by a GPU where there is one (`--features cuda`).
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
+#[path = "gpu_kernels/experts.rs"]
+mod experts;
+
 use gguf::{BlockType, blocks};
 use kernels::cuda::{
     Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then,

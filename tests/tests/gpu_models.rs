@@ -62,9 +62,9 @@ fn sequences_side_by_side_are_each_alone() {
             Decoder::new(&model).forward(&pool, &mut cache, &[&prompt(s), rest].concat(), Want::Last).unwrap().to_vec()
         };
         for device in devices(&[false]) {
-            let mut decoder = GpuDecoder::new(&model, &device, shape, Split { on_host }, &|_| ()).unwrap();
+            let mut decoder = GpuDecoder::new(&model, &device, shape, Split::layers(on_host), &|_| ()).unwrap();
             let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
-            let planned = needs(model.hparams(), &tensors, shape, Split { on_host }).unwrap();
+            let planned = needs(model.hparams(), &tensors, shape, Split::layers(on_host)).unwrap();
             assert_eq!(device.used(), planned.weights + planned.kv + planned.scratch);
             let mut given = vec![vec![]; shape.sequences];
             for s in 0..shape.sequences {
@@ -104,8 +104,8 @@ fn a_step_is_five_launches_a_layer_and_then_one() {
     }
 }
 
-/// Every fixture's wiring (biases, head norms, YaRN, tied heads, windows, experts on the host), in F16, whole and
-/// with the first layer on the host.
+/// Every fixture's wiring (biases, head norms, YaRN, tied heads, windows, experts), in F16, whole, with the first layer
+/// on the host, and with experts there.
 #[test]
 fn fixtures_have_the_cpus_logits() {
     let folder = Folder::new("gpu-fixtures");
@@ -114,11 +114,15 @@ fn fixtures_have_the_cpus_logits() {
         let model = Model::open(&convert(&fixture(&name), "F16", &folder)).unwrap();
         let parts = [&ids[..20], &ids[20..]];
         let cpu = on_cpu(&model, &parts, KvType::F16);
-        for on_host in [0, 1] {
+        let mut splits = vec![Split::WHOLE, Split::layers(1)];
+        if model.hparams().n_experts > 0 {
+            splits.extend([Split { on_host: 0, experts_on_host: 1 }, Split::without_experts(model.hparams(), 0)]);
+        }
+        for split in splits {
             for device in devices(&[false]) {
-                let error = relative_rms(&on_gpu(&model, &device, &parts, KvType::F16, Split { on_host }), &cpu);
-                println!("{name}: {error:.6} on {}, {on_host} layers on the host", device.name());
-                assert!(error < 5e-3, "{name}: logits {error} apart with {on_host} layers on the host");
+                let error = relative_rms(&on_gpu(&model, &device, &parts, KvType::F16, split), &cpu);
+                println!("{name}: {error:.6} on {}, {split:?}", device.name());
+                assert!(error < 5e-3, "{name}: logits {error} apart with {split:?}");
             }
         }
     }
@@ -147,7 +151,7 @@ fn greedy_text_is_the_cpus() {
     #[cfg(feature = "cuda-host")]
     {
         let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
-        let half = Split { on_host: h.n_layers as usize / 2 };
+        let half = Split::layers(h.n_layers as usize / 2);
         let room = needs(h, &tensors, CacheShape::one(512, KvType::F16), half).unwrap().peak();
         let (ids, split) = text(Some(&Device::host(room, false)), 24);
         assert_eq!((ids, split), (text(None, 24).0, Some(half)));

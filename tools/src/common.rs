@@ -100,7 +100,11 @@ pub fn session<'m>(model: &'m Model, device: Option<&Device>, ctx: usize, kv: Kv
     bar.finish_and_clear();
     let (session, h) = (session?, model.hparams());
     if let Some(split) = session.engine().split() {
-        let experts = if h.n_experts > 0 { ", experts on the CPU" } else { "" };
+        let experts = match split.expert_layers(h) {
+            _ if h.n_experts == 0 => String::new(),
+            0 => ", experts on the CPU".into(),
+            n => format!(", experts of {n}"),
+        };
         eprintln!("grist: {} of {} layers on {}{experts}", h.n_layers - split.on_host as u64, h.n_layers, device.name());
     }
     Ok(session)

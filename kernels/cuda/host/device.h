@@ -116,6 +116,13 @@ template <class T> T __shfl_down_sync(unsigned, T v, unsigned n) {
     return grist_host::exchange(v, from < 32 ? from : grist_host::lane());
 }
 
+inline uint32_t __ballot_sync(unsigned, bool v) {
+    uint32_t all = 0;
+    for (unsigned lane = 0; lane < 32; lane++) all |= grist_host::exchange(uint32_t(v), lane) << lane;
+    return all;
+}
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+
 template <class T, class U> T atomicAdd(T *at, U v) {
     T old = *at;
     *at += v;

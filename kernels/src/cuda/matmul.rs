@@ -1,5 +1,6 @@
 //! Launches `cuda/matmul.cu`.
 
+use super::experts::{ExpertJob, Routing};
 use super::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
 use super::quantize::{FORMS, Inputs};
 use super::{Address, Buffer, Device, Shape};
@@ -28,6 +29,7 @@ pub(super) struct Matrix {
     stride: u32,
     kind: u32,
     add: u32,
+    by_expert: Address,
 }
 
 impl Job<'_> {
@@ -41,6 +43,7 @@ impl Job<'_> {
             stride: w.rows as u32,
             kind: w.block.id,
             add: u32::from(self.add),
+            by_expert: 0,
         }
     }
 }
@@ -54,6 +57,7 @@ struct Args {
     n_tokens: u32,
     n_slabs: u32,
     padding: u32,
+    experts: Address,
 }
 
 /// A kernel by the tokens that a block multiplies with.
@@ -76,6 +80,9 @@ const STAGED: Variant = Variant { name: "matmul_64", tokens: 64, tiles: WARPS, a
 
 const VARIANTS: [Variant; 4] = [split("matmul_8", 8, 8), split("matmul_16", 16, 8), split("matmul_32", 32, 4), STAGED];
 
+/// Tokens that a block of some kernel multiplies with.
+pub(super) const BLOCKS: [usize; 4] = [8, 16, 32, 64];
+
 fn variant(n_tokens: usize) -> &'static Variant {
     VARIANTS.iter().find(|v| n_tokens <= v.tokens).unwrap_or(&VARIANTS[VARIANTS.len() - 1])
 }
@@ -92,20 +99,45 @@ pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
     for (m, job) in matrices.iter_mut().zip(jobs) {
         *m = job.matrix(x);
     }
-    let v = variant(x.n_tokens);
+    launch(device, matrices, jobs.iter().map(|j| j.weights.rows), x, variant(x.n_tokens), 0)
+}
+
+/// The products of each expert's matrices with the tokens that came to it, which `x` holds by slots.
+pub fn matmul_experts(device: &Device, jobs: &[ExpertJob<'_>], x: &Inputs, routing: &Routing) -> Result<()> {
+    assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens == routing.n_slots());
+    let mut matrices = [Matrix::default(); GROUP];
+    for (m, job) in matrices.iter_mut().zip(jobs) {
+        let w = job.weights;
+        *m = Matrix { by_expert: w.table(routing), ..Job { weights: w.first(), out: job.out, add: false }.matrix(x) };
+    }
+    launch(device, matrices, jobs.iter().map(|j| j.weights.first().rows), x, variant(routing.block_slots()), routing.experts())
+}
+
+/// `experts`: of each of the grid's blocks of tokens; 0: none.
+fn launch(
+    device: &Device,
+    matrices: [Matrix; GROUP],
+    rows: impl ExactSizeIterator<Item = usize>,
+    x: &Inputs,
+    v: &Variant,
+    experts: Address,
+) -> Result<()> {
+    let n_matrices = rows.len();
     let args = Args {
         matrices,
         forms: FORMS.map(|f| x.address(f)),
-        n_matrices: jobs.len() as u32,
+        n_matrices: n_matrices as u32,
         n_tokens: x.n_tokens as u32,
         n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
         padding: 0,
+        experts,
     };
-    let tiles = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS));
+    let tiles = rows.map(|r| r.div_ceil(TILE_ROWS));
     let blocks = if v.apart { tiles.map(|t| t.div_ceil(v.tiles)).sum() } else { tiles.sum::<usize>().div_ceil(v.tiles) };
     let shape =
         Shape { grid: [blocks as u32, x.n_tokens.div_ceil(v.tokens) as u32, 1], threads: 32 * WARPS as u32, shared: v.shared as u32 };
     // SAFETY: MatmulArgs; weights and outputs were checked by `part`, and `Inputs` has room for
-    // `padded_tokens`, which is what the grid's blocks read.
+    // `padded_tokens`, which is what the grid's blocks read; experts' matrices are alike (`ExpertMatrices::new`),
+    // and the grid has as many blocks of tokens as `Routing` has experts for.
     unsafe { device.launch(v.name, shape, &args) }
 }

@@ -1,5 +1,6 @@
 //! Activations of a batch as the tensor cores read them, a norm applied on the way.
 
+use super::experts::Routing;
 use super::matmul::padded_tokens;
 use super::pack::CHUNK_COLUMNS;
 use super::{Address, Buffer, Device, Shape};
@@ -95,6 +96,7 @@ struct Args {
     norm: Address,
     up: Address,
     forms: [Address; 4],
+    rows: Address,
     n_tokens: u32,
     n_columns: u32,
     eps: f32,
@@ -143,6 +145,35 @@ impl Inputs {
         on_the_way: OnTheWay<'_>,
         forms: &[Form],
     ) -> Result<()> {
+        self.take(device, x.part(4 * first * columns, 4 * n_tokens * columns), 0, first, n_tokens, columns, on_the_way, forms)
+    }
+
+    /// Takes of `x`, rows of `columns` floats, the token of each slot; what is to be gated lies by slots already.
+    pub fn fill_routed(
+        &mut self,
+        device: &Device,
+        x: &Buffer,
+        routing: &Routing,
+        columns: usize,
+        on_the_way: OnTheWay<'_>,
+        forms: &[Form],
+    ) -> Result<()> {
+        let n = if matches!(on_the_way, OnTheWay::SwiGlu { .. }) { routing.n_slots() } else { routing.n_tokens() };
+        self.take(device, x.part(0, 4 * n * columns), routing.tokens(), 0, routing.n_slots(), columns, on_the_way, forms)
+    }
+
+    #[expect(clippy::too_many_arguments)]
+    fn take(
+        &mut self,
+        device: &Device,
+        x: Address,
+        rows: Address,
+        first: usize,
+        n_tokens: usize,
+        columns: usize,
+        on_the_way: OnTheWay<'_>,
+        forms: &[Form],
+    ) -> Result<()> {
         self.hold(n_tokens, columns, forms);
         let (norm, up, eps) = match on_the_way {
             OnTheWay::Nothing => (0, 0, 0.0),
@@ -150,7 +181,8 @@ impl Inputs {
             OnTheWay::SwiGlu { up } => (0, up.part(4 * first * columns, 4 * n_tokens * columns), 0.0),
         };
         let args = Args {
-            x: x.part(4 * first * columns, 4 * n_tokens * columns),
+            x,
+            rows,
             norm,
             up,
             forms: FORMS.map(|f| if self.holds(f) { self.address(f) } else { 0 }),
@@ -160,8 +192,8 @@ impl Inputs {
             padding: 0,
         };
         let shape = Shape { grid: [n_tokens.next_multiple_of(8) as u32, 1, 1], threads: 256, shared: 8 * 4 };
-        // SAFETY: QuantizeArgs; `x` and what meets it were checked by `part`, and each form's buffer holds
-        // max_tokens × max_columns, of which this is no more.
+        // SAFETY: QuantizeArgs; `x` and what meets it were checked by `part`, rows are of tokens that `x` has
+        // (`Routing::route`), and each form's buffer holds max_tokens × max_columns, of which this is no more.
         unsafe { device.launch("quantize", shape, &args) }
     }
 }

@@ -7,26 +7,52 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvType};
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
-use kernels::cuda::{CacheType, Form, GRANULE, Heads, Inputs, LayerCache, WeightMatrix};
+use kernels::cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix};
 
 /// Rows of logits that are made at a time.
 pub(super) const LOGIT_ROWS: usize = 16;
 
-/// Where a model's parts are: the first `on_host` layers and all experts on
-/// the CPU, straight from the map, as is the embedding; the rest on the GPU.
+/// Where a model's parts are: the first `on_host` layers, and the experts of
+/// the first `experts_on_host`, on the CPU, straight from the map, as is the
+/// embedding; the rest on the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
     pub on_host: usize,
+    /// No fewer than `on_host`; the same if there are no experts.
+    pub experts_on_host: usize,
 }
 
 impl Split {
     /// Every layer on the GPU.
-    pub const WHOLE: Split = Split { on_host: 0 };
+    pub const WHOLE: Split = Split::layers(0);
+
+    /// So many layers on the CPU, nothing of the others.
+    pub const fn layers(on_host: usize) -> Split {
+        Split { on_host, experts_on_host: on_host }
+    }
+
+    /// All experts on the CPU, and so many layers.
+    pub fn without_experts(h: &Hparams, on_host: usize) -> Split {
+        Split { on_host, experts_on_host: if h.n_experts > 0 { h.n_layers as usize } else { on_host } }
+    }
+
+    /// Layers whose experts are on the GPU.
+    pub fn expert_layers(self, h: &Hparams) -> usize {
+        if h.n_experts > 0 { h.n_layers as usize - self.experts_on_host } else { 0 }
+    }
+
+    /// Whether the CPU runs anything.
+    pub fn uses_host(self, h: &Hparams) -> bool {
+        self.on_host > 0 || (h.n_experts > 0 && self.experts_on_host > 0)
+    }
 
     /// The embedding is read a row a token; a head that is the embedding too is on both sides.
     fn is_on_gpu(self, h: &Hparams, name: &str, tied: bool) -> bool {
         match name.strip_prefix("blk.").and_then(|n| n.split_once('.')) {
-            Some((layer, rest)) => layer.parse().is_ok_and(|l: usize| l >= self.on_host) && !(h.n_experts > 0 && rest.starts_with("ffn")),
+            Some((layer, rest)) => {
+                let on_host = if h.n_experts > 0 && rest.starts_with("ffn") { self.experts_on_host } else { self.on_host };
+                layer.parse().is_ok_and(|l: usize| l >= on_host)
+            }
             None => name != "rope_freqs.weight" && (tied || name != "token_embd.weight"),
         }
     }
@@ -68,16 +94,22 @@ pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Spli
             weights += counted(4 * columns as u64);
             continue;
         }
+        if t.name().ends_with("ffn_gate_inp.weight") {
+            weights += counted(4 * t.n_elements());
+            continue;
+        }
         let form = Form::of(t.block()).ok_or_else(|| Error::NotOnGpu { what: format!("weights of type {}", t.block().name) })?;
-        let rows = (t.n_elements() / t.row_len()) as usize;
-        weights += counted(WeightMatrix::bytes_for(t.block(), rows, columns));
+        // A stack has a matrix an expert.
+        let (rows, n) = (t.dims()[1] as usize, t.dims().get(2).copied().unwrap_or(1));
+        weights += n * counted(WeightMatrix::bytes_for(t.block(), rows, columns));
         staging = staging.max(counted(WeightMatrix::staging_for(t.block(), rows, columns)));
         if !forms.contains(&form) {
             forms.push(form);
         }
     }
+    weights += 3 * split.expert_layers(h) as u64 * counted(ExpertMatrices::bytes_for(h.n_experts as usize));
     let layers = h.n_layers.saturating_sub(split.on_host as u64);
-    let (kv, scratch) = beside(h, &forms, layers, cache)?;
+    let (kv, scratch) = beside(h, &forms, layers, cache, split.expert_layers(h) > 0)?;
     Ok(Needs { weights, kv, scratch, staging })
 }
 
@@ -90,8 +122,9 @@ pub fn host_bytes(h: &Hparams, tensors: &[TensorInfo], split: Split) -> u64 {
 /// Bytes of KV cache and scratch beside weights of any quantized type, all layers on the GPU, and
 /// what counting each of `n_tensors` in whole granules can add to their sum.
 pub fn beside_weights(h: &Hparams, n_tensors: usize, cache: CacheShape) -> Result<u64> {
-    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, cache)?;
-    Ok(kv + scratch + n_tensors as u64 * GRANULE)
+    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, cache, h.n_experts > 0)?;
+    let of_experts = 3 * h.n_layers * h.n_experts;
+    Ok(kv + scratch + (n_tensors as u64 + of_experts) * GRANULE + of_experts * 8)
 }
 
 /// Tokens that pass through the layers together.
@@ -99,20 +132,25 @@ pub(super) fn batch(cache: CacheShape) -> usize {
     BATCH.min(cache.context.max(cache.sequences))
 }
 
-fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape) -> Result<(u64, u64)> {
+fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape, experts: bool) -> Result<(u64, u64)> {
     let (heads, batch, kind) = (heads(h), batch(cache), cache_type(cache.kv)?);
     let of_layer = LayerCache::bytes_for(heads, cache.sequences, cache.context, kind);
     let kv = layers * of_layer.iter().map(|b| counted(*b as u64)).sum::<u64>();
-    let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], batch, widest(h)))).sum();
+    let rows = inner_rows(h, batch, experts);
+    let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], rows.max(batch), widest(h, rows)))).sum();
+    let routing: u64 = if experts { routing_bytes(h, batch).into_iter().map(counted).sum() } else { 0 };
     let step: u64 = Few::bytes_for(h, heads, forms, batch.min(cache.sequences)).into_iter().map(counted).sum();
-    Ok((kv, inputs + step + scratch_floats(h, batch).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
+    Ok((kv, inputs + routing + step + scratch_floats(h, batch, experts).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
 }
 
 /// The most layers that `budget` bytes hold with such a cache; None if not even the head.
 pub fn best_split(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, budget: u64) -> Result<Option<Split>> {
-    for on_host in 0..=h.n_layers as usize {
-        if needs(h, tensors, cache, Split { on_host })?.peak() <= budget {
-            return Ok(Some(Split { on_host }));
+    let layers = h.n_layers as usize;
+    // Experts leave first: of a token's work they are less than of the bytes.
+    let fewer_experts = (0..if h.n_experts > 0 { layers } else { 0 }).map(|n| Split { on_host: 0, experts_on_host: n });
+    for split in fewer_experts.chain((0..=layers).map(|n| Split::without_experts(h, n))) {
+        if needs(h, tensors, cache, split)?.peak() <= budget {
+            return Ok(Some(split));
         }
     }
     Ok(None)
@@ -136,18 +174,33 @@ pub(super) fn cache_type(kv: KvType) -> Result<CacheType> {
     }
 }
 
-/// Floats of the scratch buffers, in the order in which they are allocated.
-pub(super) fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 11] {
+/// Rows of a feed-forward network's inner width: tokens, experts' slots, or none if the host runs it.
+pub(super) fn inner_rows(h: &Hparams, batch: usize, experts: bool) -> usize {
+    match (h.n_experts > 0, experts) {
+        (false, _) => batch,
+        (true, true) => Routing::most_slots(batch, h.n_experts as usize, h.n_experts_used as usize),
+        (true, false) => 0,
+    }
+}
+
+fn routing_bytes(h: &Hparams, batch: usize) -> [u64; 5] {
+    Routing::bytes_for(batch, h.n_experts as usize, h.n_experts_used as usize)
+}
+
+/// Floats of the scratch buffers, in the order in which they are allocated. `experts`: some run on the GPU.
+pub(super) fn scratch_floats(h: &Hparams, batch: usize, experts: bool) -> [usize; 12] {
     let (pairs, dim) = (h.rope_dim as usize / 2, |d| h.dim(d) as usize);
-    let ffn = if h.n_experts > 0 { 0 } else { h.ffn as usize };
+    let rows = inner_rows(h, batch, experts);
+    let inner = rows * h.ffn as usize;
     [
         h.hidden as usize * batch,
         dim(Dim::Q) * batch,
         dim(Dim::K) * batch,
         dim(Dim::V) * batch,
         dim(Dim::AttnOut) * batch,
-        ffn * batch,
-        ffn * batch,
+        inner,
+        inner,
+        if experts { rows * h.hidden as usize } else { 0 },
         h.vocab as usize * LOGIT_ROWS.min(batch),
         pairs * batch,
         pairs * batch,
@@ -155,8 +208,8 @@ pub(super) fn scratch_floats(h: &Hparams, batch: usize) -> [usize; 11] {
     ]
 }
 
-/// The widest input of a matmul.
-pub(super) fn widest(h: &Hparams) -> usize {
-    let ffn = if h.n_experts > 0 { 0 } else { h.ffn };
+/// The widest input of a matmul, where a feed-forward network has so many rows.
+pub(super) fn widest(h: &Hparams, inner_rows: usize) -> usize {
+    let ffn = if inner_rows > 0 { h.ffn } else { 0 };
     h.hidden.max(ffn).max(h.dim(Dim::AttnOut)) as usize
 }

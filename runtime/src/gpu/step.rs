@@ -1,7 +1,7 @@
 //! A step of a few tokens: five launches a layer, each quantizing what the
 //! next one takes, and all of them captured once and then replayed.
 
-use super::{Layer, Scratch, forms};
+use super::{FeedForward, Layer, Scratch, forms};
 use crate::error::Result;
 use gguf::Hparams;
 use kernels::cuda::{
@@ -108,7 +108,7 @@ impl Few {
         let (norm, wanted) = reader(0);
         decode_begin(d, &s.x, n, p.h.hidden as usize, Then { onward: stream, norm: Some(norm), forms: &wanted })?;
         for (i, (layer, cache)) in p.layers.iter().zip(p.cache.iter_mut()).enumerate() {
-            let Some(mlp) = &layer.mlp else { continue };
+            let FeedForward::Dense(mlp) = &layer.feed_forward else { continue };
             let job = |weights, out| Job { weights, out, add: false };
             let [q, k, v] = &s.qkv;
             decode_matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], Product::Each, stream, eps, None)?;

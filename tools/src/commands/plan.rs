@@ -76,6 +76,9 @@ fn to_json(p: &MemoryPlan) -> serde_json::Value {
     let device = |d: &Device| json!({"name": d.name, "budget": d.budget, "weights": d.weights, "kv": d.kv, "scratch": d.scratch, "total": d.total()});
     let devices = |all: &[Device]| all.iter().map(device).collect::<Vec<_>>();
     let mut out = json!({"fits": p.fits, "max_ctx": p.max_ctx, "ctx": p.ctx, "devices": devices(&p.devices)});
+    if let Some(n) = p.gpu_expert_layers {
+        out["gpu_expert_layers"] = json!(n);
+    }
     if let Some(s) = &p.split {
         out["split"] = json!({"gpu_layers": s.gpu_layers, "devices": devices(&s.devices)});
     }
@@ -93,6 +96,9 @@ fn table(devices: &[Device]) -> String {
 
 fn print(p: &MemoryPlan, h: &Hparams, kv: &str) -> Result<()> {
     let mut out = table(&p.devices);
+    if let Some(n) = p.gpu_expert_layers {
+        out += &format!("experts of {n} of {} layers on the GPU, of the others on the CPU\n", h.n_layers);
+    }
     out += &match (p.fits, p.max_ctx) {
         (true, max) => format!(
             "fits with {} tokens of {kv} KV; the largest context that fits is {max} (the model's own is {})\n",
