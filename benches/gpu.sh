@@ -76,6 +76,10 @@ PY
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 64 -r 3 --sequences 8 > >(tee -a benches/runs/gpu.txt)
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 32 -d 8192 -r 3 > >(tee -a benches/runs/gpu.txt)
     done
+    local experts=$folder/mixtral-tiny-Q4_K_M.gguf
+    step "experts: mixtral-tiny Q4_K_M"
+    [ -s "$experts" ] || try 60 "$here/grist" synth mixtral-tiny -t Q4_K_M -o "$experts"
+    try 60 "$here/grist" bench "$experts" --device gpu -p 2048 -n 64 -r 3 > >(tee -a benches/runs/gpu.txt)
     step "done: $failures failed"
     return "$failures"
 }

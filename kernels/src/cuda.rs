@@ -21,7 +21,7 @@ mod top;
 
 pub use attention::{CacheType, Heads, LayerCache, Rotation, StepPart, StepState, attention, attention_step, rotate, splits};
 pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
-pub use experts::{ExpertJob, ExpertMatrices, MOST_EXPERTS, MOST_USED, Router, Routing};
+pub use experts::{ExpertJob, ExpertMatrices, Router, Routing};
 pub use matmul::{Job, matmul, matmul_experts};
 pub use pack::{TILE_ROWS, WeightMatrix};
 pub use quantize::{Form, Inputs, OnTheWay};

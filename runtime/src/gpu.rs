@@ -6,6 +6,7 @@
 //! What will be allocated is said by [`needs`] from the header alone, buffer by
 //! buffer, and `GpuDecoder` allocates just that.
 
+mod launches;
 mod loader;
 mod memory;
 mod step;
@@ -17,17 +18,18 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvCache};
 use crate::layers;
 use crate::model::{self, FeedForwardWeights, Model, Weight};
-use gguf::arch::{Dim, RopeLayout};
+use gguf::arch::RopeLayout;
 use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
 use kernels::cuda::{
-    Buffer, Device, ExpertJob, ExpertMatrices, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, Router, Routing, StepPart,
-    StepState, Top, WeightMatrix, attention, attention_step, matmul, matmul_experts, rotate, splits,
+    Buffer, Device, ExpertMatrices, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, Router, Routing, StepState, Top,
+    WeightMatrix, matmul, splits,
 };
 use kernels::vecmath::RopeTable;
+use launches::{Attend, Launches};
 use loader::Loader;
 use memory::{LOGIT_ROWS, batch, cache_type, heads, inner_rows, scratch_floats, widest};
-use step::{Few, Head, Kind, Parts};
+use step::{Few, Graphs, Head, Kind, Parts};
 
 struct Layer {
     norm: Buffer,
@@ -156,8 +158,11 @@ pub struct GpuDecoder<'m> {
     scratch: Scratch,
     state: StepState,
     top: Top,
-    /// None: steps of a few tokens run as those of many do.
+    /// None: steps of a few tokens are launched as those of many are.
     few: Option<Few>,
+    graphs: Graphs,
+    /// Nothing but the embedding and whole layers is on the host.
+    all_here: bool,
     batch: usize,
     capacity: usize,
     /// Tokens that each sequence has.
@@ -259,6 +264,8 @@ impl<'m> GpuDecoder<'m> {
             state,
             top,
             few,
+            graphs: Graphs::default(),
+            all_here: h.n_experts == 0 || split.experts_on_host == split.on_host,
             batch,
             capacity: shape.context,
             lens: vec![0; shape.sequences],
@@ -333,7 +340,7 @@ impl<'m> GpuDecoder<'m> {
     /// As `forward`, but only the `k` likeliest tokens after the last one, likeliest first, with their logits. None, and
     /// nothing was done: so many cannot be told, or not of so many tokens.
     pub fn forward_top(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
-        if k > MOST_TOP || tokens.len() > FEW || self.few.is_none() {
+        if k > MOST_TOP || tokens.len() > FEW || !self.all_here {
             return Ok(None);
         }
         first_wanted(self.model, self.lens[sequence], self.capacity, tokens, Want::Last)?;
@@ -348,7 +355,7 @@ impl<'m> GpuDecoder<'m> {
     /// Appends the tokens to the cache; true: what `head` asks for was made of them on the way.
     fn run_layers(&mut self, pool: &Pool, batch: Batch<'_>, head: Head) -> Result<bool> {
         let h = self.model.hparams();
-        let (n, each, hidden, ffn) = (batch.tokens.len(), batch.each(), h.hidden as usize, h.ffn as usize);
+        let (n, each, hidden) = (batch.tokens.len(), batch.each(), h.hidden as usize);
         self.send(batch)?;
         let (positions, sequences) = (&self.positions, batch.sequences);
         let step = Step { h, pool, rope: &self.rope, positions, sequences, observer: None };
@@ -363,83 +370,56 @@ impl<'m> GpuDecoder<'m> {
             self.x.copy_from_slice(&host.scratch.x[..n * hidden]);
         }
         s.x.write_floats(&self.x)?;
-        let window = h.sliding_window.map_or(usize::MAX, |w| w as usize);
-        let pairs = self.frequencies.len();
         // Several sequences, or few tokens of one, run as a step.
         let in_steps = sequences.len() > 1 || n <= FEW;
+        let window = h.sliding_window.map_or(usize::MAX, |w| w as usize);
         let firsts = || positions.iter().step_by(each).copied();
         let n_splits = splits(firsts().max().unwrap_or(0), each, window);
         if in_steps {
             self.state.begin(sequences.iter().copied().zip(firsts()))?;
         }
+        let mut parts = Parts {
+            h,
+            device: d,
+            layers: &self.layers,
+            cache: &mut self.cache,
+            output_norm: &self.output_norm,
+            output: &self.output,
+            scratch: s,
+            state: &self.state,
+            top: &self.top,
+            pairs: self.frequencies.len(),
+            window,
+        };
+        let kind = Kind { n_sequences: sequences.len(), n_tokens: n, n_splits, head };
         if let Some(few) = self.few.as_mut().filter(|_| n <= FEW) {
-            let parts = Parts {
-                h,
-                device: d,
-                layers: &self.layers,
-                cache: &mut self.cache,
-                output_norm: &self.output_norm,
-                output: &self.output,
-                scratch: s,
-                state: &self.state,
-                top: &self.top,
-                pairs,
-                window,
-            };
-            few.run(Kind { n_sequences: sequences.len(), n_tokens: n, n_splits, head }, parts)?;
+            self.graphs.run(d, kind, || few.launch(kind, &mut parts))?;
             self.advance(batch);
             return Ok(true);
         }
-        let (attn_out, eps) = (h.dim(Dim::AttnOut) as usize, h.rms_eps);
-        let models = &self.model.layers[self.split.on_host..];
-        for ((layer, cache), in_map) in self.layers.iter().zip(&mut self.cache).zip(models) {
-            let job = |weights, out| Job { weights, out, add: false };
-            self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
-            let [q, k, v] = &s.qkv;
-            matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], &self.inputs)?;
-            let rotation = layer.rotation(h, s, pairs);
-            if in_steps {
-                for first in (0..sequences.len()).step_by(FEW / each) {
-                    let part = StepPart { sequences: first..sequences.len().min(first + FEW / each), each, window, n_splits };
-                    attention_step(d, &rotation, [q, k, v], cache, &s.attended, &self.state, &part, None)?;
-                }
-            } else {
-                rotate(d, &rotation, [q, k, v], cache, sequences[0], positions[0], n)?;
-                attention(d, cache, sequences[0], q, &s.attended, positions[0], n, window)?;
-            }
-            self.inputs.fill(d, &s.attended, 0, n, attn_out, OnTheWay::Nothing, &[layer.output.form()])?;
-            matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], &self.inputs)?;
-
-            match (&layer.feed_forward, &mut self.routing, &mut self.host) {
-                (FeedForward::Dense(mlp), ..) => {
-                    let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
-                    self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
-                    matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], &self.inputs)?;
-                    self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
-                    matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], &self.inputs)?;
-                }
-                (FeedForward::Experts(e), Some(routing), _) => {
-                    routing.route(d, &e.router, &s.x, n, hidden)?;
-                    let norm = OnTheWay::Norm { weight: &e.router.norm, eps };
-                    let job = |weights, out| ExpertJob { weights, out };
-                    self.inputs.fill_routed(d, &s.x, routing, hidden, norm, &forms(&[e.gate.first(), e.up.first()]))?;
-                    matmul_experts(d, &[job(&e.gate, &s.gate), job(&e.up, &s.up)], &self.inputs, routing)?;
-                    self.inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[e.down.first().form()])?;
-                    matmul_experts(d, &[job(&e.down, &s.expert_out)], &self.inputs, routing)?;
-                    routing.combine(d, &s.expert_out, &s.x, hidden)?;
-                }
-                (_, _, Some(host)) => {
-                    self.x.clear();
-                    s.x.read_floats_into(0, n * hidden, &mut self.x)?;
-                    host.load(self.model, &self.x, n);
-                    layers::feed_forward::run(&step, in_map, &mut host.scratch);
-                    s.x.write_floats(&host.scratch.x[..n * hidden])?;
-                }
-                _ => unreachable!("`new` made what its layers need"),
-            }
+        let attend = match in_steps {
+            true => Attend::Step { n_sequences: sequences.len(), each, n_splits },
+            false => Attend::Run { sequence: sequences[0], position: positions[0] },
+        };
+        let mut launches = Launches { parts, inputs: &mut self.inputs, routing: self.routing.as_mut(), n_tokens: n, attend };
+        let captured = n <= FEW && self.all_here;
+        if captured {
+            let nothing = |_| unreachable!("every layer is here whole");
+            self.graphs.run(d, kind, || launches.layers(nothing).and_then(|()| launches.head(head)))?;
+        } else {
+            let models = &self.model.layers[self.split.on_host..];
+            let host = &mut self.host;
+            launches.layers(|i| {
+                let Some(host) = host else { unreachable!("made where it runs something") };
+                self.x.clear();
+                s.x.read_floats_into(0, n * hidden, &mut self.x)?;
+                host.load(self.model, &self.x, n);
+                layers::feed_forward::run(&step, &models[i], &mut host.scratch);
+                Ok(s.x.write_floats(&host.scratch.x[..n * hidden])?)
+            })?;
         }
         self.advance(batch);
-        Ok(false)
+        Ok(captured)
     }
 
     fn advance(&mut self, batch: Batch<'_>) {

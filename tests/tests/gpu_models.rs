@@ -2,9 +2,10 @@
 //! exactly the memory that was planned.
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
+use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
 use kernels::cuda::Device;
-use runtime::gpu::{GpuDecoder, Split, Target, needs};
+use runtime::gpu::{GpuDecoder, Split, Target, best_split, needs};
 use runtime::tokenizer::EncodeOptions;
 use runtime::{CacheShape, Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};
 use tests::gpu::devices;
@@ -83,24 +84,27 @@ fn sequences_side_by_side_are_each_alone() {
     }
 }
 
-/// A step of few tokens is five launches a layer, the first and the last; from its second time on, one replay.
+/// A step of few tokens is five launches a layer (of halves nine, with experts twelve), one before or two after them
+/// and the head; from its second time on, one replay.
 #[test]
-fn a_step_is_five_launches_a_layer_and_then_one() {
+fn a_step_is_some_launches_a_layer_and_then_one() {
     let folder = Folder::new("gpu-launches");
-    let model = Model::open(&convert(&demo(), "Q4_K_M", &folder)).unwrap();
-    let layers = model.hparams().n_layers;
-    for device in devices(&[false]) {
-        let (mut decoder, pool) =
-            (GpuDecoder::new(&model, &device, CacheShape::one(64, KvType::F16), Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
-        decoder.forward(&pool, 0, &[1, 2, 3], Want::Last).unwrap();
-        let mut steps = vec![];
-        for token in 4..8 {
-            let before = device.launches();
-            decoder.forward(&pool, 0, &[token], Want::Last).unwrap();
-            steps.push(device.launches() - before);
+    for (source, kind, a_layer) in [(demo(), "Q4_K_M", 5), (demo(), "F16", 9), (fixture("mixtral-8x"), "F16", 12)] {
+        let model = Model::open(&convert(&source, kind, &folder)).unwrap();
+        let all = a_layer * model.hparams().n_layers + 2;
+        for device in devices(&[false]) {
+            let (mut decoder, pool) =
+                (GpuDecoder::new(&model, &device, CacheShape::one(64, KvType::F16), Split::WHOLE, &|_| ()).unwrap(), Pool::new(1));
+            decoder.forward(&pool, 0, &[1, 2, 3], Want::Last).unwrap();
+            let mut steps = vec![];
+            for token in 4..8 {
+                let before = device.launches();
+                decoder.forward(&pool, 0, &[token], Want::Last).unwrap();
+                steps.push(device.launches() - before);
+            }
+            // The second time it is captured too.
+            assert_eq!(steps, [all, all + 1, 1, 1], "{kind} on {}", device.name());
         }
-        // The second time it is captured too.
-        assert_eq!(steps, [5 * layers + 2, 5 * layers + 3, 1, 1], "{}", device.name());
     }
 }
 
@@ -112,7 +116,8 @@ fn fixtures_have_the_cpus_logits() {
     let ids: Vec<u32> = (0..24u32).map(|i| (i * 37 + 5) % 512).collect();
     for name in fixtures() {
         let model = Model::open(&convert(&fixture(&name), "F16", &folder)).unwrap();
-        let parts = [&ids[..20], &ids[20..]];
+        // Steps of one token: the first, then one that is captured, then replays.
+        let parts = [&ids[..20], &ids[20..21], &ids[21..22], &ids[22..23], &ids[23..]];
         let cpu = on_cpu(&model, &parts, KvType::F16);
         let mut splits = vec![Split::WHOLE, Split::layers(1)];
         if model.hparams().n_experts > 0 {
@@ -156,6 +161,30 @@ fn greedy_text_is_the_cpus() {
         let (ids, split) = text(Some(&Device::host(room, false)), 24);
         assert_eq!((ids, split), (text(None, 24).0, Some(half)));
     }
+}
+
+/// Experts leave a GPU before layers do; those of a type that no GPU multiplies, or too many a token, never come.
+#[test]
+fn experts_leave_first() {
+    let layout = quant::synth::by_name("mixtral-tiny").unwrap().layout(quant::mix::by_name("Q4_K_M").unwrap()).unwrap();
+    let (mut h, cache) = (Hparams::from_metadata(layout.metadata()).unwrap(), CacheShape::one(512, KvType::F16));
+    let (tensors, layers) = (layout.tensors().to_vec(), h.n_layers as usize);
+    let room = |split| needs(&h, &tensors, cache, split).unwrap().peak();
+    for experts_on_host in 0..=layers {
+        let split = Split { on_host: 0, experts_on_host };
+        assert_eq!(best_split(&h, &tensors, cache, room(split)).unwrap(), Some(split));
+    }
+    let fewer = Split { on_host: 1, experts_on_host: layers };
+    assert_eq!(best_split(&h, &tensors, cache, room(fewer)).unwrap(), Some(fewer));
+    let all_on_host = Some(Split::without_experts(&h, 0));
+    let other = |t: &TensorInfo| match t.name().contains("ffn_down_exps") {
+        true => TensorInfo::new(t.name().into(), t.dims().to_vec(), &gguf::blocks::IQ4_XS, t.offset()).unwrap(),
+        false => t.clone(),
+    };
+    let others: Vec<TensorInfo> = tensors.iter().map(other).collect();
+    assert_eq!(best_split(&h, &others, cache, u64::MAX).unwrap(), all_on_host);
+    (h.n_experts, h.n_experts_used) = (128, 65);
+    assert_eq!(best_split(&h, &tensors, cache, u64::MAX).unwrap(), all_on_host);
 }
 
 /// A file cut after it was opened: an error of the read, not a hang and not a signal.

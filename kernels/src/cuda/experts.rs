@@ -10,10 +10,10 @@ use super::pack::WeightMatrix;
 use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
 
-/// Most experts that a token can take.
-pub const MOST_USED: usize = 64;
-/// Most experts that there can be.
-pub const MOST_EXPERTS: usize = 4096;
+/// Most experts that a token can take, each chosen by one thread.
+const MOST_USED: usize = 64;
+/// Most experts that there can be, whose scores lie in shared memory.
+const MOST_EXPERTS: usize = 4096;
 
 /// The same matrix of every expert.
 pub struct ExpertMatrices {
@@ -129,6 +129,11 @@ fn blocks(n_tokens: usize, n_experts: usize, n_used: usize) -> (usize, usize) {
 }
 
 impl Routing {
+    /// Whether so many experts are routed at all.
+    pub fn takes(n_experts: usize, n_used: usize) -> bool {
+        (1..=MOST_USED).contains(&n_used) && (n_used..=MOST_EXPERTS).contains(&n_experts)
+    }
+
     /// Most slots that up to `max_tokens` come to need.
     pub fn most_slots(max_tokens: usize, n_experts: usize, n_used: usize) -> usize {
         let slots = |n| {
@@ -145,7 +150,7 @@ impl Routing {
     }
 
     pub fn new(device: &Device, max_tokens: usize, n_experts: usize, n_used: usize) -> Result<Routing> {
-        assert!((1..=MOST_USED).contains(&n_used) && (n_used..=MOST_EXPERTS).contains(&n_experts));
+        assert!(Routing::takes(n_experts, n_used));
         let [chosen, shares, slots, tokens, experts] =
             Routing::bytes_for(max_tokens, n_experts, n_used).map(|n| device.allocate("inputs", n as usize));
         Ok(Routing {

@@ -82,6 +82,9 @@ fn counted(bytes: u64) -> u64 {
 /// What [`super::GpuDecoder::new`] will allocate; `tensors` are the file's.
 pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Split) -> Result<Needs> {
     LayerCache::check(heads(h), cache_type(cache.kv)?)?;
+    if split.expert_layers(h) > 0 && !Routing::takes(h.n_experts as usize, h.n_experts_used as usize) {
+        return Err(Error::NotOnGpu { what: format!("{} of {} experts a token", h.n_experts_used, h.n_experts) });
+    }
     let tied = !tensors.iter().any(|t| t.name() == "output.weight");
     let (mut weights, mut staging) = (0, 0);
     let mut forms: Vec<Form> = vec![];
@@ -148,7 +151,16 @@ pub fn best_split(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, budget
     let layers = h.n_layers as usize;
     // Experts leave first: of a token's work they are less than of the bytes.
     let fewer_experts = (0..if h.n_experts > 0 { layers } else { 0 }).map(|n| Split { on_host: 0, experts_on_host: n });
-    for split in fewer_experts.chain((0..=layers).map(|n| Split::without_experts(h, n))) {
+    for split in fewer_experts {
+        match needs(h, tensors, cache, split) {
+            Ok(needs) if needs.peak() <= budget => return Ok(Some(split)),
+            // Experts that no GPU runs do not keep the layers away.
+            Ok(_) | Err(Error::NotOnGpu { .. }) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    for on_host in 0..=layers {
+        let split = Split::without_experts(h, on_host);
         if needs(h, tensors, cache, split)?.peak() <= budget {
             return Ok(Some(split));
         }

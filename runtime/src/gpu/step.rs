@@ -1,5 +1,5 @@
 //! A step of a few tokens: five launches a layer, each quantizing what the
-//! next one takes, and all of them captured once and then replayed.
+//! next one takes. Steps are captured once and then replayed.
 
 use super::{FeedForward, Layer, Scratch, forms};
 use crate::error::Result;
@@ -34,8 +34,30 @@ pub(super) struct Few {
     stream: Onward,
     /// Inputs from within a layer: what attention found, the gated product.
     inner: Onward,
-    /// None: run once, so that all kernels are loaded, and not captured yet.
-    graphs: HashMap<Kind, Option<Graph>>,
+}
+
+/// Steps that came before. None: once, so that all kernels are loaded; captured the second time.
+#[derive(Default)]
+pub(super) struct Graphs(HashMap<Kind, Option<Graph>>);
+
+impl Graphs {
+    /// Does what `launch` asks for, which nothing but memory and the kind of step decides.
+    pub fn run(&mut self, device: &Device, kind: Kind, mut launch: impl FnMut() -> Result<()>) -> Result<()> {
+        debug_assert!(kind.n_tokens <= FEW);
+        match self.0.get(&kind) {
+            None => {
+                self.0.insert(kind, None);
+                return launch();
+            }
+            Some(Some(graph)) if device.replay(graph)? => return Ok(()),
+            // Not captured yet, or something was freed since.
+            Some(_) => {}
+        }
+        let graph = device.capture(launch)?;
+        device.replay(&graph)?;
+        self.0.insert(kind, Some(graph));
+        Ok(())
+    }
 }
 
 /// What one step's launches have in common.
@@ -60,7 +82,7 @@ impl Few {
         Few::widths(h, forms)
             .map(|[stream, inner]| {
                 let (stream, inner) = (Onward::new(device, forms, stream)?, Onward::new(device, forms, inner)?);
-                Ok(Few { stream, inner, graphs: HashMap::new() })
+                Ok(Few { stream, inner })
             })
             .transpose()
     }
@@ -77,28 +99,10 @@ impl Few {
         inputs.chain(StepState::bytes_for(heads, sequences)).chain(Top::bytes_for(h.vocab as usize)).collect()
     }
 
-    /// Runs the tokens whose hidden states are in `scratch.x`, from where `state` says.
-    pub fn run(&mut self, kind: Kind, mut parts: Parts<'_>) -> Result<()> {
-        debug_assert!(kind.n_tokens <= FEW);
-        let device = parts.device;
-        match self.graphs.get(&kind) {
-            None => {
-                self.graphs.insert(kind, None);
-                return self.launch(kind, &mut parts);
-            }
-            Some(Some(graph)) if device.replay(graph)? => return Ok(()),
-            // Not captured yet, or something was freed since.
-            Some(_) => {}
-        }
-        let graph = device.capture(|| self.launch(kind, &mut parts))?;
-        device.replay(&graph)?;
-        self.graphs.insert(kind, Some(graph));
-        Ok(())
-    }
-
-    fn launch(&mut self, kind: Kind, p: &mut Parts<'_>) -> Result<()> {
+    /// Launches what runs the tokens whose hidden states are in `scratch.x`, from where `state` says.
+    pub fn launch(&mut self, kind: Kind, p: &mut Parts<'_>) -> Result<()> {
         let (d, s, n, eps) = (p.device, p.scratch, kind.n_tokens, p.h.rms_eps);
-        let Few { stream, inner, .. } = self;
+        let Few { stream, inner } = self;
         // What reads the residual stream at layer i: its norm, and the forms that are wanted.
         let layers = p.layers;
         let reader = |i: usize| match layers.get(i) {
