@@ -140,7 +140,7 @@ fn greedy_text_is_the_cpus() {
     let model = Model::open(&convert(&demo(), "Q8_0", &folder)).unwrap();
     let tokenizer = Tokenizer::from_metadata(model.file().metadata()).unwrap();
     let prompt = tokenizer.encode("A vector is", EncodeOptions::PROMPT).unwrap();
-    let (pool, h) = (Pool::new(2), model.hparams());
+    let pool = Pool::new(2);
     // On this host a token takes a quarter of a second; on a GPU, nothing.
     let text = |device: Option<&Device>, n: usize| {
         let mut session = Session::new(&model, device.map(Target::from), 512, KvType::F16).unwrap();
@@ -155,6 +155,7 @@ fn greedy_text_is_the_cpus() {
     }
     #[cfg(feature = "cuda-host")]
     {
+        let h = model.hparams();
         let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
         let half = Split::layers(h.n_layers as usize / 2);
         let room = needs(h, &tensors, CacheShape::one(512, KvType::F16), half).unwrap().peak();
