@@ -1,6 +1,7 @@
 // Mixture of experts: which experts each token takes, with what shares; where
 // each (token, expert) pair goes, so that a block of inputs is of one expert
 // alone; and the sum of what comes back.
+#include "norm.cuh"
 #include "tiles.cuh"
 
 struct RouteArgs {
@@ -9,7 +10,7 @@ struct RouteArgs {
     const float *router; // [expert][column]
     uint32_t *chosen;    // [token][used], best first
     float *shares;       // [token][used]: softmax over their scores
-    uint32_t n_tokens, n_columns, n_experts, n_used;
+    uint32_t n_columns, n_experts, n_used;
     float eps;
 };
 
@@ -20,15 +21,7 @@ KERNEL_OF(256, route, RouteArgs) {
     SHARED(float, parts); // [warp], then [expert]
     float *scores = parts + warps;
 
-    float squares = 0;
-    for (unsigned i = threadIdx.x; i < a.n_columns; i += blockDim.x) squares += x[i] * x[i];
-    squares = warp_sum(squares);
-    if (lane == 0) parts[warp] = squares;
-    __syncthreads();
-    float total = 0;
-    for (unsigned w = 0; w < warps; w++) total += parts[w];
-    const float scale = 1.0f / sqrtf(total / float(a.n_columns) + a.eps);
-
+    const float scale = norm_scale(x, true, a.n_columns, a.eps, parts);
     for (unsigned expert = warp; expert < a.n_experts; expert += warps) {
         const float *weights = a.router + size_t(expert) * a.n_columns;
         float score = 0;

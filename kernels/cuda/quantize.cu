@@ -1,4 +1,5 @@
 // Activations into blocks of 8 tokens × 256 columns (tiles.cuh), with a norm or SwiGLU on the way.
+#include "norm.cuh"
 #include "quantize.cuh"
 
 struct QuantizeArgs {
@@ -25,14 +26,7 @@ KERNEL_OF(256, quantize, QuantizeArgs) {
     float scale = 1;
     if (a.norm) {
         SHARED(float, parts);
-        float squares = 0;
-        for (unsigned i = threadIdx.x; real && i < a.n_columns; i += blockDim.x) squares += x[i] * x[i];
-        squares = warp_sum(squares);
-        if (lane == 0) parts[warp] = squares;
-        __syncthreads();
-        float total = 0;
-        for (unsigned w = 0; w < warps; w++) total += parts[w];
-        scale = 1.0f / sqrtf(total / float(a.n_columns) + a.eps);
+        scale = norm_scale(x, real, a.n_columns, a.eps, parts);
     }
 
     const unsigned slabs = (a.n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;

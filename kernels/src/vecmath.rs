@@ -1,7 +1,7 @@
 //! Element-wise steps between the matmuls: norms, activations, rotation.
 //! Plain loops over fixed lanes, compiled once for each ISA.
 
-use crate::isa::{self, Isa, Op};
+use crate::isa::{self, Isa, MAGIC, Op};
 
 /// Declares a public function whose body is compiled once an ISA.
 macro_rules! per_isa {
@@ -112,7 +112,6 @@ fn sum_of_squares(x: &[f32]) -> f32 {
 /// Branch-free, so that loops over it vectorise. 0 below −87.3, clamped above 88.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23
     let x = if x < 88.0 { x } else { 88.0 };
     let low = x < -87.3;
     let t = x * std::f32::consts::LOG2_E + MAGIC;

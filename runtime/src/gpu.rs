@@ -113,9 +113,9 @@ struct Scratch {
     x: Buffer,
     qkv: [Buffer; 3],
     attended: Buffer,
+    /// And what experts' networks put out.
     gate: Buffer,
     up: Buffer,
-    expert_out: Buffer,
     logits: Buffer,
     cos: Buffer,
     sin: Buffer,
@@ -161,8 +161,6 @@ pub struct GpuDecoder<'m> {
     /// None: steps of a few tokens are launched as those of many are.
     few: Option<Few>,
     graphs: Graphs,
-    /// Nothing but the embedding and whole layers is on the host.
-    all_here: bool,
     batch: usize,
     capacity: usize,
     /// Tokens that each sequence has.
@@ -235,7 +233,6 @@ impl<'m> GpuDecoder<'m> {
             attended: next()?,
             gate: next()?,
             up: next()?,
-            expert_out: next()?,
             logits: next()?,
             cos: next()?,
             sin: next()?,
@@ -265,7 +262,6 @@ impl<'m> GpuDecoder<'m> {
             top,
             few,
             graphs: Graphs::default(),
-            all_here: h.n_experts == 0 || split.experts_on_host == split.on_host,
             batch,
             capacity: shape.context,
             lens: vec![0; shape.sequences],
@@ -340,7 +336,7 @@ impl<'m> GpuDecoder<'m> {
     /// As `forward`, but only the `k` likeliest tokens after the last one, likeliest first, with their logits. None, and
     /// nothing was done: so many cannot be told, or not of so many tokens.
     pub fn forward_top(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
-        if k > MOST_TOP || tokens.len() > FEW || !self.all_here {
+        if k > MOST_TOP || tokens.len() > FEW || self.split.parts_layers(self.model.hparams()) {
             return Ok(None);
         }
         first_wanted(self.model, self.lens[sequence], self.capacity, tokens, Want::Last)?;
@@ -402,7 +398,7 @@ impl<'m> GpuDecoder<'m> {
             false => Attend::Run { sequence: sequences[0], position: positions[0] },
         };
         let mut launches = Launches { parts, inputs: &mut self.inputs, routing: self.routing.as_mut(), n_tokens: n, attend };
-        let captured = n <= FEW && self.all_here;
+        let captured = n <= FEW && !self.split.parts_layers(h);
         if captured {
             let nothing = |_| unreachable!("every layer is here whole");
             self.graphs.run(d, kind, || launches.layers(nothing).and_then(|()| launches.head(head)))?;

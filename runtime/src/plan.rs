@@ -160,19 +160,17 @@ pub fn plan(h: &Hparams, tensors: &[TensorInfo], r: &Request) -> Result<MemoryPl
         let best = gpu::best_split(h, tensors, r.cache(ctx), gpu_budget(vram))?;
         Ok(best.filter(|s| s.on_host == 0).unwrap_or(Split::without_experts(h, 0)))
     };
-    let devices = |ctx| match r.vram {
-        None => Ok(vec![m.cpu(ctx)]),
-        Some(vram) => m.gpu(vram, ctx, whole(vram, ctx)?),
+    // Layers whose experts are on the GPU, if that can be said, and what each device holds.
+    let placed = |ctx| -> Result<(Option<u64>, Vec<Device>)> {
+        let Some(vram) = r.vram else { return Ok((None, vec![m.cpu(ctx)])) };
+        let split = whole(vram, ctx)?;
+        Ok(((h.n_experts > 0).then(|| split.expert_layers(h) as u64), m.gpu(vram, ctx, split)?))
     };
     let fits = |devices: &[Device]| devices.iter().all(|d| d.total() <= d.budget);
-    let max_ctx = largest(h.context_length.min(MAX_CONTEXT / r.sequences), |ctx| Ok(fits(&devices(ctx)?)))?;
+    let max_ctx = largest(h.context_length.min(MAX_CONTEXT / r.sequences), |ctx| Ok(fits(&placed(ctx)?.1)))?;
     let own = if max_ctx == 0 && r.vram.is_some() { h.context_length.min(4096) } else { max_ctx.max(1) };
     let ctx = if r.ctx == 0 { own } else { checked(r.ctx.saturating_mul(r.sequences))? / r.sequences };
-    let devices = devices(ctx)?;
-    let gpu_expert_layers = match r.vram {
-        Some(vram) if h.n_experts > 0 => Some(whole(vram, ctx)?.expert_layers(h) as u64),
-        _ => None,
-    };
+    let (gpu_expert_layers, devices) = placed(ctx)?;
     let mut plan = MemoryPlan { fits: fits(&devices), max_ctx, ctx, devices, gpu_expert_layers, split: None };
     if let (false, Some(vram)) = (plan.fits, r.vram)
         && let Some(split) = gpu::best_split(h, tensors, r.cache(ctx), gpu_budget(vram))?

@@ -164,7 +164,7 @@ fn greedy_text_is_the_cpus() {
     }
 }
 
-/// Experts leave a GPU before layers do; those of a type that no GPU multiplies, or too many a token, never come.
+/// Experts leave a GPU before layers do; those of a type that no GPU multiplies, of several, or too many a token, never come.
 #[test]
 fn experts_leave_first() {
     let layout = quant::synth::by_name("mixtral-tiny").unwrap().layout(quant::mix::by_name("Q4_K_M").unwrap()).unwrap();
@@ -184,6 +184,21 @@ fn experts_leave_first() {
     };
     let others: Vec<TensorInfo> = tensors.iter().map(other).collect();
     assert_eq!(best_split(&h, &others, cache, u64::MAX).unwrap(), all_on_host);
+    // An old file's: a tensor an expert, of which one differs.
+    let apart = |differs: u64| {
+        let of_expert = |t: &TensorInfo, e: u64| {
+            let block = if e == differs { &gguf::blocks::Q8_0 } else { t.block() };
+            TensorInfo::new(t.name().replace("_exps", &format!(".{e}")), t.dims()[..2].to_vec(), block, 0).unwrap()
+        };
+        let one = |t: &TensorInfo| match t.name().contains("_exps") {
+            true => (0..t.dims()[2]).map(|e| of_expert(t, e)).collect(),
+            false => vec![t.clone()],
+        };
+        tensors.iter().flat_map(one).collect::<Vec<_>>()
+    };
+    assert_eq!(needs(&h, &apart(u64::MAX), cache, Split::WHOLE).unwrap(), needs(&h, &tensors, cache, Split::WHOLE).unwrap());
+    assert_eq!(best_split(&h, &apart(u64::MAX), cache, u64::MAX).unwrap(), Some(Split::WHOLE));
+    assert_eq!(best_split(&h, &apart(3), cache, u64::MAX).unwrap(), all_on_host);
     (h.n_experts, h.n_experts_used) = (128, 65);
     assert_eq!(best_split(&h, &tensors, cache, u64::MAX).unwrap(), all_on_host);
 }

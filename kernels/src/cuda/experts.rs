@@ -85,12 +85,10 @@ struct RouteArgs {
     router: Address,
     chosen: Address,
     shares: Address,
-    n_tokens: u32,
     n_columns: u32,
     n_experts: u32,
     n_used: u32,
     eps: f32,
-    padding: u32,
 }
 
 /// `struct PlaceArgs`.
@@ -201,12 +199,10 @@ impl Routing {
             router: router.rows.part(0, 4 * self.n_experts * columns),
             chosen: self.chosen.part(0, 4 * pairs),
             shares: self.shares.part(0, 4 * pairs),
-            n_tokens: n_tokens as u32,
             n_columns: columns as u32,
             n_experts: self.n_experts as u32,
             n_used: self.n_used as u32,
             eps: router.eps,
-            padding: 0,
         };
         let threads = 32 * WARPS as u32;
         let shape = Shape { grid: [n_tokens as u32, 1, 1], threads, shared: 4 * (WARPS + self.n_experts) as u32 };

@@ -367,11 +367,7 @@ impl Op for QuantizeRows<'_> {
         for (t, x) in a.x.chunks_exact(a.cols).enumerate() {
             let q = &mut a.q[t * padded..(t + 1) * padded];
             let d = &mut a.d[t * padded / run..(t + 1) * padded / run];
-            if run == 32 {
-                quantize_runs::<I, 32>(isa, x, q, d);
-            } else {
-                quantize_runs::<I, SLAB>(isa, x, q, d);
-            }
+            quantize_runs(isa, x, run, q, d);
             for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
                 *s = q.iter().map(|&v| i16::from(v as i8)).sum();
             }

@@ -4,7 +4,7 @@
 //! has fewer launches (`step.rs`).
 
 use super::step::{Head, Parts};
-use super::{Experts, FeedForward, forms};
+use super::{Experts, FeedForward, Mlp, forms};
 use crate::error::Result;
 use gguf::arch::Dim;
 use kernels::cuda::{ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, matmul, matmul_experts, rotate};
@@ -33,16 +33,7 @@ impl Launches<'_> {
         for (i, layer) in self.parts.layers.iter().enumerate() {
             self.attention(i)?;
             match &layer.feed_forward {
-                FeedForward::Dense(mlp) => {
-                    let (d, s, n) = (self.parts.device, self.parts.scratch, self.n_tokens);
-                    let (hidden, ffn, eps) = self.widths();
-                    let job = |weights, out| Job { weights, out, add: false };
-                    let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
-                    self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
-                    matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], self.inputs)?;
-                    self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
-                    matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], self.inputs)?;
-                }
+                FeedForward::Dense(mlp) => self.dense(mlp)?,
                 FeedForward::Experts(experts) => self.experts(experts)?,
                 FeedForward::OnHost => on_host(i)?,
             }
@@ -96,6 +87,17 @@ impl Launches<'_> {
         Ok(matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], self.inputs)?)
     }
 
+    fn dense(&mut self, mlp: &Mlp) -> Result<()> {
+        let (d, s, n) = (self.parts.device, self.parts.scratch, self.n_tokens);
+        let (hidden, ffn, eps) = self.widths();
+        let job = |weights, out| Job { weights, out, add: false };
+        let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
+        self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
+        matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], self.inputs)?;
+        self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
+        Ok(matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], self.inputs)?)
+    }
+
     fn experts(&mut self, e: &Experts) -> Result<()> {
         let (hidden, ffn, eps) = self.widths();
         let (d, s, n, inputs) = (self.parts.device, self.parts.scratch, self.n_tokens, &mut *self.inputs);
@@ -106,7 +108,7 @@ impl Launches<'_> {
         inputs.fill_routed(d, &s.x, routing, hidden, norm, &forms(&[e.gate.first(), e.up.first()]))?;
         matmul_experts(d, &[job(&e.gate, &s.gate), job(&e.up, &s.up)], inputs, routing)?;
         inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[e.down.first().form()])?;
-        matmul_experts(d, &[job(&e.down, &s.expert_out)], inputs, routing)?;
-        Ok(routing.combine(d, &s.expert_out, &s.x, hidden)?)
+        matmul_experts(d, &[job(&e.down, &s.gate)], inputs, routing)?;
+        Ok(routing.combine(d, &s.gate, &s.x, hidden)?)
     }
 }

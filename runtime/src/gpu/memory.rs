@@ -8,6 +8,7 @@ use crate::kv_cache::{CacheShape, KvType};
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
 use kernels::cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix};
+use std::collections::HashMap;
 
 /// Rows of logits that are made at a time.
 pub(super) const LOGIT_ROWS: usize = 16;
@@ -41,9 +42,14 @@ impl Split {
         if h.n_experts > 0 { h.n_layers as usize - self.experts_on_host } else { 0 }
     }
 
+    /// Whether the CPU runs experts of layers that are on the GPU.
+    pub fn parts_layers(self, h: &Hparams) -> bool {
+        h.n_experts > 0 && self.experts_on_host > self.on_host
+    }
+
     /// Whether the CPU runs anything.
     pub fn uses_host(self, h: &Hparams) -> bool {
-        self.on_host > 0 || (h.n_experts > 0 && self.experts_on_host > 0)
+        self.on_host > 0 || self.parts_layers(h)
     }
 
     /// The embedding is read a row a token; a head that is the embedding too is on both sides.
@@ -88,6 +94,8 @@ pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Spli
     let tied = !tensors.iter().any(|t| t.name() == "output.weight");
     let (mut weights, mut staging) = (0, 0);
     let mut forms: Vec<Form> = vec![];
+    // Type of the experts' matrices in one place of a layer, of a file that has a tensor an expert.
+    let mut apart: HashMap<&str, &str> = HashMap::new();
     for t in tensors.iter().filter(|t| split.is_on_gpu(h, t.name(), tied)) {
         let columns = t.row_len() as usize;
         if t.name().ends_with("attn_output.bias") {
@@ -102,6 +110,11 @@ pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Spli
             continue;
         }
         let form = Form::of(t.block()).ok_or_else(|| Error::NotOnGpu { what: format!("weights of type {}", t.block().name) })?;
+        if let Some((place, _)) = t.name().strip_suffix(".weight").and_then(|n| n.rsplit_once('.')).filter(|n| n.1.parse::<u64>().is_ok())
+            && *apart.entry(place).or_insert(t.block().name) != t.block().name
+        {
+            return Err(Error::NotOnGpu { what: format!("experts of different types in {place}") });
+        }
         // A stack has a matrix an expert.
         let (rows, n) = (t.dims()[1] as usize, t.dims().get(2).copied().unwrap_or(1));
         weights += n * counted(WeightMatrix::bytes_for(t.block(), rows, columns));
@@ -200,19 +213,20 @@ fn routing_bytes(h: &Hparams, batch: usize) -> [u64; 5] {
 }
 
 /// Floats of the scratch buffers, in the order in which they are allocated. `experts`: some run on the GPU.
-pub(super) fn scratch_floats(h: &Hparams, batch: usize, experts: bool) -> [usize; 12] {
+pub(super) fn scratch_floats(h: &Hparams, batch: usize, experts: bool) -> [usize; 11] {
     let (pairs, dim) = (h.rope_dim as usize / 2, |d| h.dim(d) as usize);
     let rows = inner_rows(h, batch, experts);
     let inner = rows * h.ffn as usize;
+    // Experts' outputs too, once what was gated is quantized.
+    let gate = if experts { rows * h.ffn.max(h.hidden) as usize } else { inner };
     [
         h.hidden as usize * batch,
         dim(Dim::Q) * batch,
         dim(Dim::K) * batch,
         dim(Dim::V) * batch,
         dim(Dim::AttnOut) * batch,
+        gate,
         inner,
-        inner,
-        if experts { rows * h.hidden as usize } else { 0 },
         h.vocab as usize * LOGIT_ROWS.min(batch),
         pairs * batch,
         pairs * batch,

@@ -17,10 +17,9 @@ struct Quantized {
 #[inline(always)]
 fn quantize_slab<I: Isa>(isa: I, x: &[f32], format: ActivationFormat) -> Quantized {
     let (mut q, mut d) = ([0u8; SLAB], [0.0; 8]);
-    if format == ActivationFormat::Q8Per32 {
-        quantize_runs::<I, 32>(isa, x, &mut q, &mut d);
-    } else {
-        quantize_runs::<I, SLAB>(isa, x, &mut q, &mut d[..1]);
+    let run = format.run_len();
+    quantize_runs(isa, x, run, &mut q, &mut d[..SLAB / run]);
+    if run == SLAB {
         d = [d[0]; 8];
     }
     let sums_16 = isa.sums_of_16(&[1; SLAB], &q);
@@ -201,9 +200,15 @@ fn larger_sign(sizes: &[i32], sums: &[i32]) -> i32 {
     sizes.iter().zip(sums).fold(0, |m, (size, sum)| m.max(size + sum.abs())) / 2
 }
 
-/// Quantizes runs of values (the last may be shorter, or not be there at all) to i8, as bytes, and gives their scales.
+/// Quantizes runs of 32 or 256 values (the last may be shorter, or not be there at all) to i8, as bytes, and gives their scales.
 #[inline(always)]
-pub fn quantize_runs<I: Isa, const RUN: usize>(isa: I, x: &[f32], q: &mut [u8], d: &mut [f32]) {
+pub fn quantize_runs<I: Isa>(isa: I, x: &[f32], run: usize, q: &mut [u8], d: &mut [f32]) {
+    // Of a length that the compiler knows.
+    if run == 32 { quantize_runs_of::<I, 32>(isa, x, q, d) } else { quantize_runs_of::<I, SLAB>(isa, x, q, d) }
+}
+
+#[inline(always)]
+fn quantize_runs_of<I: Isa, const RUN: usize>(isa: I, x: &[f32], q: &mut [u8], d: &mut [f32]) {
     for (i, (q, d)) in q.as_chunks_mut::<RUN>().0.iter_mut().zip(d).enumerate() {
         let left = &x[(i * RUN).min(x.len())..];
         let mut last;
