@@ -1,6 +1,6 @@
 //! A layer's keys or values as they are stored, and their way to floats.
 
-use crate::isa::Isa;
+use crate::isa::{Isa, each};
 
 /// Values that share a scale in the quantized forms.
 pub const KV_BLOCK: usize = 32;
@@ -88,4 +88,108 @@ impl KvView<'_> {
             out[dim..].fill(0.0);
         }
     }
+}
+
+/// Stored rows that lie behind each other, of which 16 values at a time become floats.
+pub trait TileRows: Copy {
+    /// Values `from..from + len`, multiples of 16.
+    fn part(self, from: usize, len: usize) -> Self;
+    /// Values `16 · j..16 · (j + 1)`.
+    fn floats<I: Isa>(self, isa: I, j: usize) -> I::Float;
+}
+
+#[derive(Clone, Copy)]
+pub struct FloatRows<'a>(pub &'a [f32]);
+
+impl TileRows for FloatRows<'_> {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        FloatRows(&self.0[from..from + len])
+    }
+
+    #[inline(always)]
+    fn floats<I: Isa>(self, isa: I, j: usize) -> I::Float {
+        isa.load_float(self.0[16 * j..].first_chunk().expect("16 values"))
+    }
+}
+
+/// As of `KvView::F16`.
+#[derive(Clone, Copy)]
+pub struct HalfRows<'a>(pub &'a [u16]);
+
+impl TileRows for HalfRows<'_> {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        HalfRows(&self.0[from..from + len])
+    }
+
+    #[inline(always)]
+    fn floats<I: Isa>(self, isa: I, j: usize) -> I::Float {
+        isa.load_half(self.0[16 * j..].first_chunk().expect("16 values"))
+    }
+}
+
+/// As of `KvView::Q8`, with the scales as floats.
+#[derive(Clone, Copy)]
+pub struct ByteRows<'a> {
+    pub q: &'a [i8],
+    pub d: &'a [f32],
+}
+
+impl TileRows for ByteRows<'_> {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        ByteRows { q: &self.q[from..from + len], d: &self.d[from / KV_BLOCK..][..len.div_ceil(KV_BLOCK)] }
+    }
+
+    #[inline(always)]
+    fn floats<I: Isa>(self, isa: I, j: usize) -> I::Float {
+        isa.mul(isa.widen(self.q[16 * j..].first_chunk().expect("16 values")), isa.splat(self.d[j / 2]))
+    }
+}
+
+/// As of `KvView::Q4`, with the scales as floats.
+#[derive(Clone, Copy)]
+pub struct NibbleRows<'a> {
+    q: &'a [u8],
+    d: &'a [f32],
+    /// Of a part that is half a block: it is the second half.
+    high: bool,
+}
+
+impl<'a> NibbleRows<'a> {
+    pub fn new(q: &'a [u8], d: &'a [f32]) -> Self {
+        NibbleRows { q, d, high: false }
+    }
+}
+
+impl TileRows for NibbleRows<'_> {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        let blocks = len.div_ceil(KV_BLOCK);
+        let q = &self.q[from / KV_BLOCK * 16..][..16 * blocks];
+        NibbleRows { q, d: &self.d[from / KV_BLOCK..][..blocks], high: !from.is_multiple_of(KV_BLOCK) }
+    }
+
+    #[inline(always)]
+    fn floats<I: Isa>(self, isa: I, j: usize) -> I::Float {
+        let q: &[u8; 16] = self.q[16 * (j / 2)..].first_chunk().expect("16 values");
+        let high = self.high || j % 2 == 1;
+        let q = if high { each!(16, |i| (q[i] >> 4) as i8 - 8) } else { each!(16, |i| (q[i] & 15) as i8 - 8) };
+        isa.mul(isa.widen(&q), isa.splat(self.d[j / 2]))
+    }
+}
+
+/// The scales of values `at`, as floats in the front of `out`.
+#[inline(always)]
+pub fn scales<'a, I: Isa>(isa: I, d: &[u16], at: &std::ops::Range<usize>, out: &'a mut [f32]) -> &'a [f32] {
+    let d = &d[at.start / KV_BLOCK..at.end / KV_BLOCK];
+    let (whole, rest) = d.as_chunks::<16>();
+    for (d, out) in whole.iter().zip(out.as_chunks_mut::<16>().0) {
+        isa.store_float(isa.load_half(d), out);
+    }
+    for (d, out) in rest.iter().zip(&mut out[16 * whole.len()..]) {
+        *out = isa.f16(*d);
+    }
+    &out[..d.len()]
 }
