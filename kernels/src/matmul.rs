@@ -6,29 +6,6 @@
 //! multiplies. A [`Matmul`] is a shape checked and a row chosen, once, when a
 //! weight is bound.
 
-/// `for $r in 0..$n`, written out, for up to [`STREAMS`] rows. In a loop the same instructions read all rows, and their
-/// addresses jump from row to row: a CPU that foresees what an instruction will read (Zen 5) then sees no streams, and
-/// K-quants were decoded at two thirds of the memory's speed.
-macro_rules! each_row {
-    ($n:expr, |$r:ident| $body:block) => {{
-        const { assert!($n <= crate::threads::STREAMS && crate::threads::STREAMS == 4) };
-        each_row!(@ $r, 0, $body);
-        if $n > 1 {
-            each_row!(@ $r, 1, $body);
-        }
-        if $n > 2 {
-            each_row!(@ $r, 2, $body);
-        }
-        if $n > 3 {
-            each_row!(@ $r, 3, $body);
-        }
-    }};
-    (@ $r:ident, $value:literal, $body:block) => {{
-        let $r: usize = $value;
-        $body
-    }};
-}
-
 pub mod activation;
 mod any_block;
 mod gated;
@@ -44,7 +21,7 @@ mod q6_k;
 pub mod reference;
 
 use crate::error::{Error, Result};
-use crate::isa::{self, Isa, Op, each};
+use crate::isa::{self, Isa, Op, RowFormat, each};
 use crate::threads::{Matrix, Pool, STREAMS, Strip, Striped, Tile};
 use activation::{ActivationFormat, ActivationRow, Activations, Layout};
 use gguf::BlockType;
@@ -61,6 +38,8 @@ pub trait WeightDot: PanelWeights {
     const TOLERANCE: f32;
     /// The same in matrix tiles, where for digits [`panel::matrix::LEFT_OUT`] comes to it.
     const TOLERANCE_IN_TILES: f32 = Self::TOLERANCE;
+    /// What an ISA that has loops of its own for four rows knows it by.
+    const FORMAT: Option<RowFormat> = None;
 
     /// R rows of weights, whose streams thus overlap, with one token's
     /// activations; in each, the lines [`AHEAD`] are asked for.
@@ -96,7 +75,7 @@ struct Row<I, W> {
 }
 
 /// Bytes that a decode step asks for ahead in each stream.
-const AHEAD: usize = 2048;
+pub(crate) const AHEAD: usize = 2048;
 
 /// Asks for the lines of a block's worth of bytes, [`AHEAD`] of where it is read.
 #[inline(always)]
@@ -135,7 +114,12 @@ impl<W: WeightDot> Op for Fill<'_, W, Strip<'_>> {
         for t in 0..strip.n_tokens() {
             let x = acts.row(t);
             for i in 0..runs[0].len() {
-                let y = W::dot::<I, STREAMS>(isa, each!(STREAMS, |k| row(runs[k].start + i)), &x);
+                let rows = each!(STREAMS, |k| row(runs[k].start + i));
+                let own = W::FORMAT.and_then(|format| isa.dot_four_rows(format, rows, &x));
+                let y = match own {
+                    Some(y) => y,
+                    None => W::dot::<I, STREAMS>(isa, rows, &x),
+                };
                 for (k, y) in y.into_iter().enumerate() {
                     strip.run_mut(t, k)[i] = y;
                 }

@@ -1,6 +1,6 @@
 //! AArch64: a vector is four 128-bit registers. Its three rows differ in how
-//! int8 products are summed (`neon/products.rs`); many tokens have tiles of their own
-//! (`neon/tiles.rs`). Instructions whose
+//! int8 products are summed (`neon/products.rs`); four rows with a token have loops of
+//! their own (`neon/rows.rs`), and many tokens tiles (`neon/tiles.rs`). Instructions whose
 //! intrinsics the oldest supported compiler lacks are written as such.
 //!
 //! SAFETY of every block in this file: the methods take a token that only
@@ -8,9 +8,10 @@
 //! exactly the array they are given.
 
 mod products;
+mod rows;
 mod tiles;
 
-use super::{FloatScales, IntegerScales, Isa, Lanes, Op, QuantizedBlock, Sums, TileShape};
+use super::{ActivationRow, FloatScales, IntegerScales, Isa, Lanes, Op, QuantizedBlock, RowFormat, Sums, TileShape};
 use products::NeonRow;
 pub use products::{Dotprod, I8mm, Neon};
 use std::arch::aarch64::*;
@@ -332,6 +333,11 @@ impl<N: NeonRow> Isa for N {
             let p: [float32x4_t; 2] = each!(2, |i| vcvtq_f32_s32(vaddq_s32(p[2 * i], p[2 * i + 1])));
             vfmaq_n_f32(vfmaq_n_f32(sum, p[0], d[0]), p[1], d[1])
         }
+    }
+
+    #[inline(always)]
+    fn dot_four_rows(self, format: RowFormat, rows: [&[u8]; 4], x: &ActivationRow<'_>) -> Option<[f32; 4]> {
+        rows::dot(self, format, rows, x)
     }
 
     #[inline(always)]

@@ -128,6 +128,35 @@ pub fn add_reference_tile(x: &MatrixQuants, w: &[Lanes; 64], steps: std::ops::Ra
     }
 }
 
+/// One token's activations.
+#[derive(Debug, Clone, Copy)]
+pub struct ActivationRow<'a> {
+    /// Quantized values (i8, as bytes), padded.
+    pub q: &'a [u8],
+    /// Scales, one a run.
+    pub d: &'a [f32],
+    /// Σ q of each 16 values.
+    pub sums: &'a [i16],
+    /// Of each 256 values 16 words: 0 0 0 0, Σ q of the first four 32s, 0 0 0 0, of the last four; where mins lie beside scales.
+    pub min_sums: &'a [i16],
+    /// The values themselves, where they are not quantized.
+    pub x: &'a [f32],
+}
+
+/// A type for which an ISA may have a loop of its own over four rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowFormat {
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Iq4Nl,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
 /// Tokens whose activations lie interleaved in a panel.
 pub const GROUP: usize = 6;
 /// A dword (four quants, or one scale) for each of 16 rows.

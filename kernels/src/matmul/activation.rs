@@ -15,6 +15,7 @@ mod blocks;
 
 use super::MatmulKernel;
 use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB};
+pub use crate::isa::ActivationRow;
 use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op};
 use crate::threads::{Matrix, Pool, Tile};
 use blocks::{PanelBlock, quantize_runs};
@@ -118,21 +119,6 @@ pub struct Activations {
     matrix_blocks: Vec<MatrixBlock>,
     bfloat_blocks: Vec<BfloatBlock>,
     pair_blocks: Vec<PairBlock>,
-}
-
-/// One token's row.
-#[derive(Debug, Clone, Copy)]
-pub struct ActivationRow<'a> {
-    /// Quantized values (i8, as bytes), padded.
-    pub q: &'a [u8],
-    /// Scales, one a run.
-    pub d: &'a [f32],
-    /// Σ q of each 16 values.
-    pub sums: &'a [i16],
-    /// Of each 256 values 16 words: 0 0 0 0, Σ q of the first four 32s, 0 0 0 0, of the last four; where mins lie beside scales.
-    pub min_sums: &'a [i16],
-    /// The values themselves, where they are not quantized.
-    pub x: &'a [f32],
 }
 
 thread_local! {

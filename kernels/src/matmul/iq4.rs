@@ -5,7 +5,7 @@ use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::legacy::{as_nibbles, last_blocks, start, unpack_nibbles};
 use super::panel::{self, FloatScales, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, each};
+use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
 use gguf::blocks;
 use gguf::blocks::iq4_nl::VALUES;
 
@@ -29,6 +29,7 @@ impl WeightDot for NlDot {
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per32;
     // Float rounding of one product a block and lane.
     const TOLERANCE: f32 = 4e-6;
+    const FORMAT: Option<RowFormat> = Some(RowFormat::Iq4Nl);
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {

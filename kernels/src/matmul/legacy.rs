@@ -13,7 +13,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, FloatScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, each};
+use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
 use gguf::blocks::{self, Codec};
 
 /// What distinguishes a legacy type.
@@ -47,6 +47,7 @@ macro_rules! legacy {
             const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per32;
             // Float rounding of one product a block and lane.
             const TOLERANCE: f32 = 4e-6;
+            const FORMAT: Option<RowFormat> = Some(RowFormat::$name);
 
             #[inline(always)]
             fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {

@@ -9,7 +9,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, each};
+use crate::isa::{Isa, each, each_row};
 use gguf::blocks;
 
 pub struct Dot;

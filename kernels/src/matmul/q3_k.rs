@@ -10,7 +10,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, each};
+use crate::isa::{Isa, Lanes, each, each_row};
 use gguf::blocks;
 
 pub struct Dot;

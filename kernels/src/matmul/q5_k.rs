@@ -4,7 +4,7 @@ use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
 use super::q4_k::{dot, unpack_scales};
-use crate::isa::{Isa, Lanes, each};
+use crate::isa::{Isa, Lanes, RowFormat, each};
 use gguf::blocks;
 
 pub struct Dot;
@@ -13,6 +13,7 @@ impl WeightDot for Dot {
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // As Q4_K.
     const TOLERANCE: f32 = 4e-6;
+    const FORMAT: Option<RowFormat> = Some(RowFormat::Q5K);
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
