@@ -66,7 +66,7 @@ pub mod scalar;
 
 use operands::{add_reference_tile, reference_bfloats};
 
-pub use dispatch::{available, check_forced, has_matrix_tiles, multiplies_bfloats, names, run, selected};
+pub use dispatch::{Choice, available, check_forced, has_matrix_tiles, in_force, multiplies_bfloats, names, run, selected};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use dispatch::{detected, isa_token};
 pub use operands::{

@@ -216,9 +216,12 @@ pub fn table() -> &'static [Box<dyn MatmulKernel>] {
 }
 use crate::isa_rows;
 
-/// The best row for a type on the ISA in force.
+/// The best row for a type on the ISA in force, of those that round activations as they may.
 pub fn choose(block: &'static BlockType) -> Result<&'static dyn MatmulKernel> {
-    table().iter().find(|k| k.block() == block && k.isa() == isa::selected()).map(|k| &**k).ok_or(Error::NoKernel { type_name: block.name })
+    let choice = isa::in_force();
+    let fits =
+        |k: &&Box<dyn MatmulKernel>| k.block() == block && k.isa() == choice.isa && (choice.may_quantize || !k.activation().is_quantized());
+    table().iter().find(fits).map(|k| &**k).ok_or(Error::NoKernel { type_name: block.name })
 }
 
 /// A weight matrix's shape and its kernel.

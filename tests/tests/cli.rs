@@ -157,6 +157,18 @@ fn tokens_logits_perplexity_and_bench_answer() {
     let (q8, q4) = (divergence("q8_0"), divergence("q4_0"));
     println!("KL divergence with a q8_0 cache {q8:.6}, q4_0 {q4:.6}");
     assert!(0.0 < q8 && q8 < 0.002 && q8 < q4 && q4 < 0.1, "{q8} {q4}");
+    // Rounding activations to int8 costs twice what Q8_0 weights do; decoded to floats they cost that alone.
+    let f16 = convert(&demo(), "F16", &folder);
+    let rounded = |isa: &str| {
+        let args = ["perplexity", f, "-f", path(&heldout), "--windows", "1", "--ctx", "256", "--reference", path(&f16), "--json"];
+        let o = Command::new(grist()).args(args).env("GRIST_ISA", isa).output().unwrap();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        let p: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+        p["kl_divergence"]["mean"].as_f64().unwrap()
+    };
+    let (int8, floats) = (rounded("scalar"), rounded("scalar/decode"));
+    println!("KL divergence of Q8_0 with int8 activations {int8:.6}, with floats {floats:.6}");
+    assert!(0.0 < floats && 2.0 * floats < int8, "{floats} {int8}");
     let b = json(&["bench", f, "-p", "16", "-n", "4", "-r", "1", "--json"]);
     assert_eq!((b[0]["test"].clone(), b[1]["test"].clone()), ("prefill".into(), "decode".into()));
     for key in ["n", "depth", "threads", "tok_s_median", "tok_s_min", "tok_s_max", "ceiling_share"] {

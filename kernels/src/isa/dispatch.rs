@@ -121,10 +121,32 @@ pub fn available() -> Vec<&'static str> {
     isa_rows!(list)
 }
 
-/// The row in force: `GRIST_ISA` if set, else the best this CPU can run.
+/// What follows a row's name where its weights are to be decoded to floats.
+const DECODE: &str = "/decode";
+
+/// What runs: a row, and whether its kernels may round activations to integers. They may not
+/// with `GRIST_ISA=ROW/decode`, which shows what weights alone cost, and is slow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    pub isa: &'static str,
+    pub may_quantize: bool,
+}
+
+impl std::fmt::Display for Choice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.isa, if self.may_quantize { "" } else { DECODE })
+    }
+}
+
+/// `GRIST_ISA` if set, else the best row this CPU can run.
+pub fn in_force() -> Choice {
+    static CHOICE: OnceLock<Choice> = OnceLock::new();
+    *CHOICE.get_or_init(|| check_forced().ok().flatten().unwrap_or(Choice { isa: available()[0], may_quantize: true }))
+}
+
+/// The row in force.
 pub fn selected() -> &'static str {
-    static CHOICE: OnceLock<&'static str> = OnceLock::new();
-    CHOICE.get_or_init(|| check_forced().ok().flatten().unwrap_or(available()[0]))
+    in_force().isa
 }
 
 /// Whether the row in force has matrix tiles.
@@ -148,15 +170,16 @@ pub fn multiplies_bfloats() -> bool {
 }
 
 /// Validates `GRIST_ISA`; a program calls it at start so that a bad value is an error, not a surprise.
-pub fn check_forced() -> Result<Option<&'static str>> {
+pub fn check_forced() -> Result<Option<Choice>> {
     let Some(name) = std::env::var("GRIST_ISA").ok().filter(|s| !s.is_empty()) else { return Ok(None) };
-    let Some(known) = names().into_iter().find(|n| *n == name) else {
+    let (row, may_quantize) = name.strip_suffix(DECODE).map_or((&name[..], true), |row| (row, false));
+    let Some(isa) = names().into_iter().find(|n| *n == row) else {
         return Err(Error::UnknownIsa { name, known: names().join(", ") });
     };
-    if !available().contains(&known) {
-        return Err(Error::UnsupportedIsa { name, features: known });
+    if !available().contains(&isa) {
+        return Err(Error::UnsupportedIsa { name, features: isa });
     }
-    Ok(Some(known))
+    Ok(Some(Choice { isa, may_quantize }))
 }
 
 /// Runs `op` compiled for the row in force.

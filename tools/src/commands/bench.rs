@@ -70,7 +70,7 @@ pub fn run(a: Args) -> Result<()> {
     let device = a.placement.device()?;
     let spec = Spec { prompt: a.prompt, n: a.n, depth: a.depth, sequences: a.sequences as usize, reps: a.reps, kv };
     let (rows, ops, bandwidth) = measure(&pool, &model, device.as_ref(), &spec)?;
-    let place = device.as_ref().map_or_else(|| kernels::isa::selected().to_owned(), Device::name);
+    let place = device.as_ref().map_or_else(|| kernels::isa::in_force().to_string(), Device::name);
     report(&a, &rows, &format!("{} threads, {place}", pool.n_threads()), pool.n_threads(), ops, bandwidth)
 }
 

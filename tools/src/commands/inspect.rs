@@ -43,7 +43,7 @@ fn to_json(file: &ModelFile, tensors: bool) -> Json {
     let (weights, bytes) = totals(file);
     let mut j = json!({
         "file_bytes": file.file_bytes(), "version": file.version(), "shards": file.n_shards(), "n_tensors": file.n_tensors(),
-        "weights": weights, "tensor_bytes": bytes, "isa": kernels::isa::selected(), "metadata": metadata,
+        "weights": weights, "tensor_bytes": bytes, "isa": kernels::isa::in_force().to_string(), "metadata": metadata,
     });
     if tensors {
         let list: Vec<Json> = file

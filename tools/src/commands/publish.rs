@@ -244,7 +244,7 @@ fn measure(a: &Args, pool: &Pool, reference: &Model, text: &str, label: &str, pa
         let spec = bench::Spec { prompt: 256, n: 32, depth: 0, sequences: 1, reps: 3, kv: KvType::F16 };
         let (rows, _, _) = bench::measure(pool, &model, None, &spec)?;
         let of = |test: &str| rows.iter().find(|r| r.test == test).map_or(0.0, bench::Row::median);
-        let isa = kernels::isa::selected().to_owned();
+        let isa = kernels::isa::in_force().to_string();
         Some(Speed { prefill_tok_s: of("prefill"), decode_tok_s: of("decode"), threads: pool.n_threads(), isa })
     };
     let (weights, bytes) = model.file().tensors().fold((0, 0), |(w, b), t| (w + t.info.n_elements(), b + t.info.n_bytes()));
