@@ -219,9 +219,9 @@ use crate::isa_rows;
 /// The best row for a type on the ISA in force, of those that round activations as they may.
 pub fn choose(block: &'static BlockType) -> Result<&'static dyn MatmulKernel> {
     let choice = isa::in_force();
-    let fits =
-        |k: &&Box<dyn MatmulKernel>| k.block() == block && k.isa() == choice.isa && (choice.may_quantize || !k.activation().is_quantized());
-    table().iter().find(fits).map(|k| &**k).ok_or(Error::NoKernel { type_name: block.name })
+    let rounds_as_it_may = |k: &dyn MatmulKernel| choice.may_quantize || !k.activation().is_quantized();
+    let fits = |k: &&dyn MatmulKernel| k.block() == block && k.isa() == choice.isa && rounds_as_it_may(*k);
+    table().iter().map(|k| &**k).find(fits).ok_or(Error::NoKernel { type_name: block.name })
 }
 
 /// A weight matrix's shape and its kernel.

@@ -16,7 +16,7 @@ mod blocks;
 use super::MatmulKernel;
 use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB};
 pub use crate::isa::ActivationRow;
-use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op};
+use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op, each};
 use crate::threads::{Matrix, Pool, Tile};
 use blocks::{PanelBlock, quantize_runs};
 use std::cell::RefCell;
@@ -349,19 +349,18 @@ impl Op for QuantizeRows<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let a = self.0;
-        let (padded, run) = (a.padded, a.format.run_len());
+        let (slabs, run) = (a.padded / SLAB, a.format.run_len());
+        let (q, sums, min_sums) = (a.q.as_chunks_mut::<SLAB>().0, a.sums.as_chunks_mut::<16>().0, a.min_sums.as_chunks_mut::<16>().0);
+        let slabs_of = |t: usize| t * slabs..(t + 1) * slabs;
         for (t, x) in a.x.chunks_exact(a.cols).enumerate() {
-            let q = &mut a.q[t * padded..(t + 1) * padded];
-            let d = &mut a.d[t * padded / run..(t + 1) * padded / run];
-            quantize_runs(isa, x, run, q, d);
-            for (s, q) in a.sums[t * padded / 16..].iter_mut().zip(q.as_chunks::<16>().0) {
-                *s = q.iter().map(|&v| i16::from(v as i8)).sum();
-            }
-            let sums = a.sums[t * padded / 16..].as_chunks::<16>().0;
-            let min_sums = a.min_sums[t * padded / 16..(t + 1) * padded / 16].as_chunks_mut::<16>().0;
-            for (out, sums) in min_sums.iter_mut().zip(sums) {
-                for s in 0..8 {
-                    out[4 + s + s / 4 * 4] = sums[2 * s] + sums[2 * s + 1];
+            let outputs = q[slabs_of(t)].iter_mut().zip(&mut sums[slabs_of(t)]).zip(&mut min_sums[slabs_of(t)]);
+            let scales = a.d[t * a.padded / run..].chunks_exact_mut(SLAB / run);
+            for (((q, sums), min_sums), (x, d)) in outputs.zip(x.chunks(SLAB).zip(scales)) {
+                quantize_runs(isa, x, run, q, d);
+                *sums = isa.sums_of_16(&[1; SLAB], q).map(|s| s as i16);
+                if run == SLAB {
+                    let pairs: [i16; 8] = each!(8, |s| sums[2 * s] + sums[2 * s + 1]);
+                    *min_sums = each!(16, |i| if i % 8 < 4 { 0 } else { pairs[i / 8 * 4 + i % 4] });
                 }
             }
         }
