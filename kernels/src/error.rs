@@ -5,7 +5,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    #[error("GRIST_ISA={name} is unknown; this build has: {known} (and each with /decode: activations not rounded)")]
+    #[error("GRIST_ISA={name} is unknown; this build has: {known} (and each with /decode: activations not rounded to int8)")]
     UnknownIsa { name: String, known: String },
     #[error("GRIST_ISA={name} needs a CPU with {features}; unset it to let the program choose")]
     UnsupportedIsa { name: String, features: &'static str },

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "grist", version, propagate_version = true, arg_required_else_help = true)]
 #[command(
-    after_help = "Environment: GRIST_ISA forces a kernel row (ROW/decode: without rounding activations), GRIST_THREADS the thread count, GRIST_CPUS the CPUs they are pinned to (as in 0-3,8; Linux), GRIST_CACHE the cache folder."
+    after_help = "Environment: GRIST_ISA forces a kernel row (ROW/decode: activations not rounded to int8), GRIST_THREADS the thread count, GRIST_CPUS the CPUs they are pinned to (as in 0-3,8; Linux), GRIST_CACHE the cache folder."
 )]
 struct Cli {
     #[command(subcommand)]
