@@ -5,13 +5,14 @@
 //! their group.
 //!
 //! Two shapes of work, one file each: many query rows against a tile
-//! (`prefill.rs`, register-tiled products, and `matrix.rs`, for CPUs with matrix
-//! tiles), and few (`decode.rs`, where the
+//! (`prefill.rs`, register-tiled products; `matrix.rs`, for CPUs with matrix
+//! tiles; `pairs.rs`, with VNNI), and few (`decode.rs`, where the
 //! context is split among threads and partial results are merged).
 
 mod decode;
 mod kv_view;
 mod matrix;
+mod pairs;
 mod prefill;
 
 use crate::isa::{self, Isa, Op};
@@ -23,8 +24,8 @@ const PREFILL_MIN_ROWS: usize = 16;
 /// Query rows of a prefill task: a multiple of the register tile, enough to
 /// pay for a tile's conversion, few enough that scores and sums stay in L1.
 const PREFILL_ROWS: usize = 96;
-/// The same where matrix tiles make the conversion the larger part.
-const MATRIX_ROWS: usize = 192;
+/// The same where fast products make the conversion the larger part.
+const ROUNDED_ROWS: usize = 192;
 /// Positions of a decode task at least: a few tiles.
 const SPLIT_MIN: usize = 256;
 
@@ -61,7 +62,7 @@ impl Attention<'_> {
         let head_cols = self.group * self.value_dim;
         let cols = self.n_kv_heads * head_cols;
         if self.n_tokens * self.group >= PREFILL_MIN_ROWS {
-            let rows = if self.in_matrix_tiles(isa::has_matrix_tiles()) { MATRIX_ROWS } else { PREFILL_ROWS };
+            let rows = if self.may_be_rounded() && isa::rounds_keys_and_values() { ROUNDED_ROWS } else { PREFILL_ROWS };
             let tokens = (rows / self.group).max(1);
             let out = Matrix::new(out, self.n_tokens, cols, tokens, head_cols);
             pool.for_each_tile(&mut [out], |_, tile| {
@@ -76,8 +77,8 @@ impl Attention<'_> {
     }
 
     /// Floats that are to be exact stay floats.
-    fn in_matrix_tiles(&self, there_are: bool) -> bool {
-        there_are && !matches!(self.k, KvView::F32(_))
+    fn may_be_rounded(&self) -> bool {
+        !matches!(self.k, KvView::F32(_))
     }
 
     /// The positions that token `t` sees.
@@ -126,8 +127,11 @@ impl Op for PrefillTask<'_, '_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        if self.a.in_matrix_tiles(I::MATRIX_TILES) {
+        if I::MATRIX_TILES && self.a.may_be_rounded() {
             return matrix::run(isa, self.a, self.head, self.tile);
+        }
+        if I::PAIRS_OUTPACE_FLOATS && self.a.may_be_rounded() {
+            return pairs::run(isa, self.a, self.head, self.tile);
         }
         prefill::run(isa, self.a, self.head, self.tile);
     }

@@ -66,7 +66,9 @@ pub mod scalar;
 
 use operands::{add_reference_tile, reference_bfloats};
 
-pub use dispatch::{Choice, available, check_forced, has_matrix_tiles, in_force, multiplies_bfloats, names, run, selected};
+pub use dispatch::{
+    Choice, available, check_forced, has_matrix_tiles, in_force, multiplies_bfloats, names, rounds_keys_and_values, run, selected,
+};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use dispatch::{detected, isa_token};
 pub use operands::{
@@ -162,6 +164,14 @@ pub trait Isa: Copy + Send + Sync + 'static {
         }
         peaks.iter().fold(0.0, |m, v| if *v > m { *v } else { m })
     }
+    /// The largest value; NaNs are passed over where another follows.
+    #[inline(always)]
+    fn largest(self, x: &[f32; 16]) -> f32 {
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let x: [f32; 8] = each!(8, |l| larger(x[l], x[l + 8]));
+        let x: [f32; 4] = each!(4, |l| larger(x[l], x[l + 4]));
+        larger(larger(x[0], x[2]), larger(x[1], x[3]))
+    }
     /// Each value times `by` to the nearest integer, as bytes; those are in −127..=127, NaNs anything.
     #[inline(always)]
     fn rounded<const N: usize>(self, x: &[f32; N], by: f32) -> [u8; N] {
@@ -238,6 +248,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_biased(self, acc: Self::Int, w: Self::Bytes, s: Self::Bytes) -> Self::Int;
     /// acc + a₀·b₀ + a₁·b₁ of the signed 16-bit halves of each lane.
     fn dot_pairs(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
+    /// Whether `dot_pairs` multiplies more a second than `mul_add`.
+    const PAIRS_OUTPACE_FLOATS: bool = false;
     /// A sub-block's signed 16-bit scale as `scaled_dots` wants it.
     fn panel_scale(self, scale: i32) -> u32;
     /// Whether panels of quantized weights are multiplied by the next three methods, and not by those after them.

@@ -377,6 +377,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
         w
     }
 
+    const PAIRS_OUTPACE_FLOATS: bool = VNNI;
     const SIGNED_BIAS: i32 = if VNNI { 128 } else { 0 };
     const TILE: TileShape = if VNNI { TileShape::OneBySix } else { TileShape::OneByThree };
 

@@ -341,6 +341,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         unsafe { _mm512_xor_si512(w, _mm512_set1_epi8(-128)) }
     }
 
+    const PAIRS_OUTPACE_FLOATS: bool = true;
     const SIGNED_BIAS: i32 = 128;
     const TILE: TileShape = TileShape::FourByThree;
     const MATRIX_TILES: bool = AMX;

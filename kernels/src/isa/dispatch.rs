@@ -157,6 +157,16 @@ pub fn has_matrix_tiles() -> bool {
     isa_rows!(any)
 }
 
+/// Whether the row in force rounds keys and values where many tokens attend: finer than f16 does, coarser than f32.
+pub fn rounds_keys_and_values() -> bool {
+    macro_rules! any {
+        ($($isa:ty),*) => {
+            false $(|| (<$isa as Isa>::MATRIX_TILES || <$isa as Isa>::PAIRS_OUTPACE_FLOATS) && selected() == <$isa as Isa>::NAME)*
+        };
+    }
+    isa_rows!(any)
+}
+
 /// Whether the row in force multiplies bfloats in vectors.
 pub fn multiplies_bfloats() -> bool {
     macro_rules! any {
