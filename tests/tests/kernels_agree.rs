@@ -262,7 +262,7 @@ fn attention_agrees_with_the_definition() {
                     })
                     .collect();
                 // A score is off by some 2^-23 of the sum of its products' sizes; in matrix tiles, where a factor loses 2^-17, by
-                // 2^-16. In pairs of 16-bit integers a factor loses 2^-17 of its row's length, and weights and values as much.
+                // 2^-16. In pairs of 16-bit integers a factor loses 2^-16 of its row's length, and weights and values about as much.
                 let size = |p: usize| k[(g * capacity + p) * kd..][..kd].iter().zip(qh).map(|(a, b)| f64::from((a * b).abs())).sum::<f64>();
                 let most = seen.clone().map(size).fold(0.0, f64::max) * f64::from(scale);
                 let in_floats = 1e-6 + most * 2f64.powi(-23);

@@ -9,10 +9,10 @@
 //! O_d = O_d·keep + p·v_d · f_d·e^(max − m')/c
 //! ```
 //!
-//! A row of Q or K thus has an error of 2^-17 of its length in each value, about
-//! a twentieth of what storing it as f16 costs; a value of V one of 2^-15 of
-//! the largest in its dimension and tile; a P one of c⁻¹/2, 2^-16 where few
-//! positions have most of the weight and never more than 2^-12.
+//! A value of Q or K thus errs by at most 2^-16 of its row's length, where one
+//! as large as most of a row of 64 loses 2^-14 of it when stored as f16; a value
+//! of V by 2^-15 of the largest in its dimension and tile; a P by 1/2c, which
+//! is 2^-16 where few positions have most of the weight and never above 2^-12.
 //!
 //! The two values of a dword are 16 apart, as the order within a sum is free:
 //! then no lane has to move.
