@@ -25,12 +25,22 @@ constexpr unsigned WARPS_OF_ATTENTION = 4, TILE = 32, ROWS = 16, PADDING = 8;
 constexpr float NONE = -1e30f;
 
 // One tile's keys or values; rows that are not wanted, and columns past `dim`, are zeros.
-template <unsigned D> __device__ __forceinline__ void load_tile(const Rows &rows, size_t first_row, unsigned n, unsigned dim, unsigned thread, unsigned threads, uint16_t *tile) {
-    for (unsigned i = thread; i < TILE * D / 8; i += threads) {
-        const unsigned row = i / (D / 8), column = i % (D / 8) * 8;
-        uint4 v = {0, 0, 0, 0};
-        if (row < n && column < dim) v = rows.get((first_row + row) * dim + column);
-        *(uint4 *)(tile + row * (D + PADDING) + column) = v;
+// Loads go ahead of stores, some at a time: one after the other would each wait for memory.
+template <unsigned D, unsigned THREADS> __device__ __forceinline__ void load_tile(const Rows &rows, size_t first_row, unsigned n, unsigned dim, unsigned thread, uint16_t *tile) {
+    constexpr unsigned PIECES = TILE * D / 8 / THREADS, AT_A_TIME = PIECES < 8 ? PIECES : 8;
+    for (unsigned from = 0; from < PIECES; from += AT_A_TIME) {
+        uint4 v[AT_A_TIME];
+        UNROLL
+        for (unsigned k = 0; k < AT_A_TIME; k++) {
+            const unsigned i = (from + k) * THREADS + thread, row = i / (D / 8), column = i % (D / 8) * 8;
+            v[k] = {0, 0, 0, 0};
+            if (row < n && column < dim) v[k] = rows.get((first_row + row) * dim + column);
+        }
+        UNROLL
+        for (unsigned k = 0; k < AT_A_TIME; k++) {
+            const unsigned i = (from + k) * THREADS + thread;
+            *(uint4 *)(tile + i / (D / 8) * (D + PADDING) + i % (D / 8) * 8) = v[k];
+        }
     }
 }
 
@@ -166,8 +176,8 @@ template <unsigned D> __device__ __forceinline__ void attention_many(const Atten
         const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
         const size_t row = size_t(kv_head) * a.capacity + position;
         __syncthreads();
-        load_tile<D>(of_keys, row, n, a.key_dim, threadIdx.x, blockDim.x, keys);
-        load_tile<D>(of_values, row, n, a.value_dim, threadIdx.x, blockDim.x, values);
+        load_tile<D, WARPS_OF_ATTENTION * WARP>(of_keys, row, n, a.key_dim, threadIdx.x, keys);
+        load_tile<D, WARPS_OF_ATTENTION * WARP>(of_values, row, n, a.value_dim, threadIdx.x, values);
         __syncthreads();
         attend<D>(a, keys, values, position, first_row, lane, q, state);
     }
@@ -203,7 +213,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y;
     AttentionArgs a = args.attention;
     const unsigned rows = a.n_tokens * a.group, which = blockIdx.x / args.blocks, block_row = blockIdx.x % args.blocks * ROWS;
-    const Place place = args.places[which];
+    const Place place = args.places[which]; // of a copy before all of the step's launches
     const unsigned stored_head = place.sequence * a.n_kv_heads + kv_head;
     a.first_position = place.position;
     a.first_token = which * a.n_tokens;
@@ -214,19 +224,22 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     uint32_t *flag = (uint32_t *)(memory + WARPS_OF_ATTENTION * TILE_HALVES);
 
     // Queries, where tiles will be; new keys and values of this block's positions, by every block that reads them.
-    for (unsigned r = warp; r < ROWS; r += WARPS_OF_ATTENTION) {
-        const unsigned row = block_row + r;
-        if (row < rows) rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, a.first_token + row / a.group, lane, found + r * D);
-    }
+    // A head a warp at a time: first the queries', then the keys', then the values'.
+    let_next_begin();
+    wait_for_previous();
+    const unsigned n_queries = min(ROWS, rows - block_row);
     float *head = found + (ROWS + warp) * D;
-    for (unsigned t = warp; t < a.n_tokens; t += WARPS_OF_ATTENTION) {
-        const unsigned position = a.first_position + t;
+    for (unsigned i = warp; i < n_queries + 2 * a.n_tokens; i += WARPS_OF_ATTENTION) {
+        if (i < n_queries) {
+            const unsigned row = block_row + i;
+            rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, a.first_token + row / a.group, lane, found + i * D);
+            continue;
+        }
+        const unsigned t = (i - n_queries) % a.n_tokens, position = a.first_position + t;
+        const Part part = i - n_queries < a.n_tokens ? KEY : VALUE;
         if (position / TILE < s.begin || position / TILE >= s.end) continue;
-        rotate_head(args.rotation, KEY, kv_head, a.first_token + t, lane, head);
-        append(args.rotation, KEY, stored_head, position, lane, head);
-        __syncwarp();
-        rotate_head(args.rotation, VALUE, kv_head, a.first_token + t, lane, head);
-        append(args.rotation, VALUE, stored_head, position, lane, head);
+        rotate_head(args.rotation, part, kv_head, a.first_token + t, lane, head);
+        append(args.rotation, part, stored_head, position, lane, head);
         __syncwarp();
     }
     __syncthreads();
@@ -245,8 +258,8 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
         const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
         const size_t row = size_t(stored_head) * a.capacity + position;
         __syncwarp();
-        load_tile<D>(of_keys, row, n, a.key_dim, lane, WARP, keys);
-        load_tile<D>(of_values, row, n, a.value_dim, lane, WARP, values);
+        load_tile<D, WARP>(of_keys, row, n, a.key_dim, lane, keys);
+        load_tile<D, WARP>(of_values, row, n, a.value_dim, lane, values);
         __syncwarp();
         attend<D>(a, keys, values, position, block_row, lane, q, state);
     }
@@ -291,7 +304,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     }
 
     if (a.n_splits > 1) {
-        if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, a.n_splits, flag)) return;
+        if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, 1, a.n_splits, flag)) return;
         for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
             const unsigned r = i / a.value_dim, column = i % a.value_dim;
             if (block_row + r >= rows) continue;
@@ -313,7 +326,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     const unsigned width = a.group * a.value_dim, columns = a.n_kv_heads * width;
     for (unsigned slab = kv_head * width / CHUNK_COLUMNS; slab * CHUNK_COLUMNS < (kv_head + 1) * width; slab++) {
         const unsigned first = slab * CHUNK_COLUMNS / width, last = (min((slab + 1) * CHUNK_COLUMNS, columns) - 1) / width;
-        if (!comes_last(args.onward.arrived + slab, (last - first + 1) * gridDim.x, flag)) continue;
+        if (!comes_last(args.onward.arrived + slab, 1, (last - first + 1) * gridDim.x, flag)) continue;
         for (unsigned t = warp; t < args.all_tokens; t += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(t) * columns, t, slab, columns, lane);
     }
 }

@@ -10,7 +10,11 @@ struct MatmulArgs {
     Forms x;
     uint32_t n_matrices, n_tokens, n_slabs;
     const uint32_t *experts; // of each block of tokens, or NOBODY; null: there are none
+    float half_unit; // what inputs that are halves are counted in
 };
+
+// Of the sums of weights of this type.
+__device__ __forceinline__ float unit(const MatmulArgs &a, unsigned type) { return type == 1 || type == 30 ? a.half_unit : 1.0f; }
 
 // False: this block of tokens is nobody's.
 __device__ __forceinline__ bool find_expert(const MatmulArgs &a, Matrix &m) {
@@ -31,7 +35,7 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
     if (!find_expert(a, m)) return;
 
     Sums<NT> sums = {};
-    if (real) accumulate<NT, SPLIT, true>(m, a.x, tile, a.n_slabs, size_t(blockIdx.y) * NT * a.n_slabs, part, lane, sums);
+    if (real) accumulate<NT, SPLIT>(m, a.x, tile, a.n_slabs, size_t(blockIdx.y) * NT * a.n_slabs, part, lane, sums);
 
     // The warps of a tile add up in order: the same sums each time.
     SHARED(float, parts); // [warp][NT][4][lane]
@@ -58,7 +62,7 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
             const unsigned token = (blockIdx.y * NT + n) * 8 + lane % 4 * 2 + i % 2, row = tile * TILE_ROWS + lane / 4 + 8 * (i / 2);
             if (token >= a.n_tokens || row >= m.rows) continue;
             float *out = m.out + size_t(token) * m.stride + row;
-            *out = m.add ? *out + sums[n][i] : sums[n][i];
+            *out = m.add ? *out + sums[n][i] * unit(a, m.type) : sums[n][i] * unit(a, m.type);
         }
 }
 
@@ -122,7 +126,7 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
         if (real) {
             switch (m.type) {
 #define QUANTIZED(W, id) \
-    case id: Quantized<types::W::INTEGER_SCALES>::template multiply<types::W, NT>(chunk, (const ActivationBlock *)now, 1, lane, sums); break;
+    case id: multiply_chunk<types::W, NT, FromGlobal>(chunk, InMemory{(const ActivationBlock *)now, 1}, lane, sums); break;
 #define HALF(W, id) \
     case id: multiply_halves<types::W, NT>(chunk, (const HalfBlock *)now, 1, lane, sums); break;
                 QUANTIZED_TYPES(QUANTIZED)
@@ -141,6 +145,6 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
             const unsigned token = (blockIdx.y * NT + n) * 8 + lane % 4 * 2 + i % 2, row = row_of_lane + 8 * (i / 2);
             if (token >= a.n_tokens || row >= m.rows) continue;
             float *out = m.out + size_t(token) * m.stride + row;
-            *out = m.add ? *out + sums[n][i] : sums[n][i];
+            *out = m.add ? *out + sums[n][i] * unit(a, m.type) : sums[n][i] * unit(a, m.type);
         }
 }

@@ -18,14 +18,33 @@ constexpr unsigned WARPS = 8;
 
 template <unsigned NT> using Sums = float[NT][4];
 
+// Where weights are read from: global memory, each byte once, or shared memory.
+struct FromGlobal {
+    static __device__ __forceinline__ uint4 load(const uint8_t *p) { return load_once(p); }
+};
+struct FromShared {
+    static __device__ __forceinline__ uint4 load(const uint8_t *p) { return *(const uint4 *)p; }
+};
+
+// A slab's activations, block n of 8 tokens `stride` blocks after the one before it.
+struct InMemory {
+    const ActivationBlock *x;
+    size_t stride;
+    __device__ __forceinline__ uint4 q(unsigned n, unsigned s, unsigned lane) const { return x[n * stride].q[s][lane]; }
+    // Of the two tokens of this lane's sums.
+    __device__ __forceinline__ float2 d(unsigned n, unsigned of_32, unsigned t) const { return *(const float2 *)&x[n * stride].d[of_32][2 * t]; }
+    __device__ __forceinline__ float2 offset(unsigned n, unsigned of_32, unsigned t) const { return *(const float2 *)&x[n * stride].offsets[of_32][2 * t]; }
+    __device__ __forceinline__ uint32_t sums(unsigned n, unsigned lane) const { return x[n * stride].sums[lane]; }
+};
+
 // Registers (j, half) of a step of a chunk, j first.
-template <class W> __device__ __forceinline__ void load_fragments(const uint8_t *p, unsigned s, unsigned lane, uint32_t (&a)[8]) {
+template <class W, class From> __device__ __forceinline__ void load_fragments(const uint8_t *p, unsigned s, unsigned lane, uint32_t (&a)[8]) {
     if constexpr (W::BITS == 8) {
-        const uint4 half0 = load_once(p + (2 * s * WARP + lane) * 16), half1 = load_once(p + ((2 * s + 1) * WARP + lane) * 16);
+        const uint4 half0 = From::load(p + (2 * s * WARP + lane) * 16), half1 = From::load(p + ((2 * s + 1) * WARP + lane) * 16);
         UNROLL
         for (unsigned j = 0; j < 4; j++) a[2 * j] = word(half0, j), a[2 * j + 1] = word(half1, j);
     } else {
-        const uint4 low = load_once(p + (s * WARP + lane) * 16);
+        const uint4 low = From::load(p + (s * WARP + lane) * 16);
         uint32_t high[2] = {0, 0};
         const auto *bits = (const uint32_t *)(p + W::LOW) + lane * (W::HIGH / 128);
         if constexpr (W::BITS == 5) high[0] = bits[s], high[1] = high[0] >> 1;
@@ -50,7 +69,7 @@ template <class W> __device__ __forceinline__ void mma_k32(int (&c)[4], const ui
 }
 
 // Float scales: each 32's integers meet d · d (and m · d · Σ q) at once.
-template <class W, unsigned NT> __device__ __forceinline__ void multiply_legacy(const uint8_t *p, const ActivationBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
+template <class W, unsigned NT, class From, class X> __device__ __forceinline__ void multiply_legacy(const uint8_t *p, const X &x, unsigned lane, Sums<NT> &sums) {
     const unsigned g = lane / 4, t = lane % 4;
     uint4 scales[2], mins[2];
     UNROLL
@@ -61,24 +80,23 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_legacy(
     UNROLL_STEPS
     for (unsigned s = 0; s < STEPS; s++) {
         uint32_t a[8];
-        load_fragments<W>(p, s, lane, a);
+        load_fragments<W, From>(p, s, lane, a);
         UNROLL
         for (unsigned k = 0; k < 2; k++) {
             float d[2], m[2] = {0, 0};
             UNROLL
             for (unsigned half = 0; half < 2; half++) {
-                d[half] = half_to_float(uint16_t(word(scales[half], s) >> (16 * k))) * (1.0f / (1 << W::SHIFT));
+                d[half] = half_to_float(uint16_t(word(scales[half], s) >> (16 * k))) * types::unshift<W>(half);
                 if (W::HAS_MIN) m[half] = half_to_float(uint16_t(word(mins[half], s) >> (16 * k)));
             }
             UNROLL
             for (unsigned n = 0; n < NT; n++) {
-                const ActivationBlock &b = x[n * stride];
-                const uint4 q = b.q[s][lane];
+                const uint4 q = x.q(n, s, lane);
                 int c[4] = {0, 0, 0, 0};
                 mma_k32<W>(c, a + 4 * k, k ? q.z : q.x, k ? q.w : q.y);
-                const float2 dx = *(const float2 *)&b.d[2 * s + k][2 * t];
+                const float2 dx = x.d(n, 2 * s + k, t);
                 float2 offset = {0, 0};
-                if (W::HAS_MIN) offset = *(const float2 *)&b.offsets[2 * s + k][2 * t];
+                if (W::HAS_MIN) offset = x.offset(n, 2 * s + k, t);
                 UNROLL
                 for (unsigned i = 0; i < 4; i++) {
                     sums[n][i] += d[i / 2] * (i % 2 ? dx.y : dx.x) * float(c[i]);
@@ -90,7 +108,7 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_legacy(
 }
 
 // Integer scales: integers to the end of the chunk, then one float for its rows and one for each token.
-template <class W, unsigned NT> __device__ __forceinline__ void multiply_k(const uint8_t *p, const ActivationBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
+template <class W, unsigned NT, class From, class X> __device__ __forceinline__ void multiply_k(const uint8_t *p, const X &x, unsigned lane, Sums<NT> &sums) {
     const unsigned g = lane / 4, t = lane % 4;
     float d[2], dmin[2] = {0, 0};
     uint4 scales[2]; // a byte a sub-block
@@ -100,13 +118,13 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_k(const
         const uint4 row = load_scales<W>(p, g + 8 * half, 0);
         if (W::SUB == 16) {
             scales[half] = row;
-            d[half] = half_to_float(*(const uint16_t *)(p + W::LOW + W::HIGH + 256 + (g + 8 * half) * 2)) * (1.0f / (1 << W::SHIFT));
+            d[half] = half_to_float(*(const uint16_t *)(p + W::LOW + W::HIGH + 256 + (g + 8 * half) * 2)) * types::unshift<W>(half);
         } else {
             const KScales k(row);
             UNROLL
             for (unsigned i = 0; i < 2; i++) mins[half][i] = k.mins[i];
             scales[half] = {k.scales[0], k.scales[1], 0, 0};
-            d[half] = half_to_float(uint16_t(row.x));
+            d[half] = half_to_float(uint16_t(row.x)) * types::unshift<W>(half);
             dmin[half] = half_to_float(uint16_t(row.x >> 16));
         }
     }
@@ -115,10 +133,10 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_k(const
     UNROLL_STEPS
     for (unsigned s = 0; s < STEPS; s++) {
         uint32_t a[8];
-        load_fragments<W>(p, s, lane, a);
+        load_fragments<W, From>(p, s, lane, a);
         UNROLL
         for (unsigned n = 0; n < NT; n++) {
-            const uint4 q = x[n * stride].q[s][lane];
+            const uint4 q = x.q(n, s, lane);
             UNROLL
             for (unsigned j = 0; j < 4; j += W::SUB / 16) {
                 int c[4] = {0, 0, 0, 0};
@@ -133,11 +151,10 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_k(const
 
     UNROLL
     for (unsigned n = 0; n < NT; n++) {
-        const ActivationBlock &b = x[n * stride];
-        const float2 dx = *(const float2 *)&b.d[0][2 * t];
+        const float2 dx = x.d(n, 0, t);
         int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
         if (W::HAS_MIN) {
-            const uint32_t of_lane = b.sums[lane];
+            const uint32_t of_lane = x.sums(n, lane);
             mma_s8s8_k16(low, t % 2 ? mins[0][1] : mins[0][0], t % 2 ? mins[1][1] : mins[1][0], t < 2 ? of_lane : 0);
             mma_s8s8_k16(high, t % 2 ? mins[0][1] : mins[0][0], t % 2 ? mins[1][1] : mins[1][0], t < 2 ? 0 : of_lane);
         }
@@ -150,25 +167,20 @@ template <class W, unsigned NT> __device__ __forceinline__ void multiply_k(const
     }
 }
 
+// Adds the products of a chunk with 8·NT tokens.
+template <class W, unsigned NT, class From, class X> __device__ __forceinline__ void multiply_chunk(const uint8_t *p, const X &x, unsigned lane, Sums<NT> &sums) {
+    if constexpr (W::INTEGER_SCALES) multiply_k<W, NT, From>(p, x, lane, sums);
+    else multiply_legacy<W, NT, From>(p, x, lane, sums);
+}
+
 template <class W, unsigned NT> __device__ __forceinline__ void multiply_halves(const uint8_t *p, const HalfBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
     for (unsigned s = 0; s < 16; s++) {
         const uint4 v = load_once(p + (s * WARP + lane) * 16);
         const uint32_t a[4] = {v.x, v.y, v.z, v.w};
         UNROLL
-        for (unsigned n = 0; n < NT; n++) W::mma(sums[n], a, x[n * stride].x[s][lane]);
+        for (unsigned n = 0; n < NT; n++) W::mma(sums[n], a, {x[n * stride].x[s][0][lane], x[n * stride].x[s][1][lane]});
     }
 }
-
-template <bool INTEGER> struct Quantized {
-    template <class W, unsigned NT> static __device__ __forceinline__ void multiply(const uint8_t *p, const ActivationBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
-        multiply_legacy<W, NT>(p, x, stride, lane, sums);
-    }
-};
-template <> struct Quantized<true> {
-    template <class W, unsigned NT> static __device__ __forceinline__ void multiply(const uint8_t *p, const ActivationBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
-        multiply_k<W, NT>(p, x, stride, lane, sums);
-    }
-};
 
 // Inputs of a group of matrices in every form that they ask for; slab s of tokens 8n.. is at n · stride + s.
 struct Forms {
@@ -177,20 +189,19 @@ struct Forms {
 };
 
 // Adds to `sums` what every SPLIT-th slab from `part` on gives for a row tile, and 8·NT tokens from block `first` on.
-template <unsigned NT, unsigned SPLIT, bool HALVES> __device__ __forceinline__ void accumulate(const Matrix &m, const Forms &x, unsigned tile, unsigned n_slabs, size_t first, unsigned part, unsigned lane, Sums<NT> &sums) {
+template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void accumulate(const Matrix &m, const Forms &x, unsigned tile, unsigned n_slabs, size_t first, unsigned part, unsigned lane, Sums<NT> &sums) {
     const size_t chunk = size_t(tile) * n_slabs;
     switch (m.type) {
 #define QUANTIZED(W, id)                                                                                                             \
     case id:                                                                                                                         \
         for (unsigned slab = part; slab < n_slabs; slab += SPLIT)                                                                    \
-            Quantized<types::W::INTEGER_SCALES>::template multiply<types::W, NT>(                                                    \
-                m.chunks + (chunk + slab) * types::W::CHUNK, (types::W::INTEGER_SCALES ? x.per_256 : x.per_32) + first + slab, n_slabs, lane, sums); \
+            multiply_chunk<types::W, NT, FromGlobal>(m.chunks + (chunk + slab) * types::W::CHUNK,                                    \
+                                                     InMemory{(types::W::INTEGER_SCALES ? x.per_256 : x.per_32) + first + slab, n_slabs}, lane, sums); \
         break;
 #define HALF(W, id)                                                                                                                  \
     case id:                                                                                                                         \
-        if constexpr (HALVES)                                                                                                        \
-            for (unsigned slab = part; slab < n_slabs; slab += SPLIT)                                                                \
-                multiply_halves<types::W, NT>(m.chunks + (chunk + slab) * types::W::CHUNK, (id == 1 ? x.halves : x.bfloats) + first + slab, n_slabs, lane, sums); \
+        for (unsigned slab = part; slab < n_slabs; slab += SPLIT)                                                                    \
+            multiply_halves<types::W, NT>(m.chunks + (chunk + slab) * types::W::CHUNK, (id == 1 ? x.halves : x.bfloats) + first + slab, n_slabs, lane, sums); \
         break;
         QUANTIZED_TYPES(QUANTIZED)
         HALF_TYPES(HALF)

@@ -15,13 +15,17 @@ struct Onward {
     ActivationBlock *per_32, *per_256; // or null
 };
 
-// True in the last of `n` blocks that come here, which then sees what the others wrote (past L1: `__ldcg`).
-// Of the whole block; `flag` in shared memory.
-__device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned n, uint32_t *flag) {
+// True in the block with which `n` contributions have come here, of which it makes `own`; it then sees what the others
+// wrote (past L1: `__ldcg`). Of the whole block; `flag` in shared memory.
+__device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned own, unsigned n, uint32_t *flag) {
+    if (own == n) {
+        __syncthreads();
+        return true;
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        *flag = atomicAdd(arrived, 1u) == n - 1;
+        *flag = atomicAdd(arrived, own) + own == n;
         if (*flag) *arrived = 0;
     }
     __syncthreads();

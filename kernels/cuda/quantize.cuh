@@ -38,11 +38,11 @@ __device__ __forceinline__ void quantize_block(const float (&x)[8], unsigned run
     }
 }
 
+// As halves or bfloats.
 __device__ __forceinline__ void convert_block(const float (&x)[8], uint16_t (*convert)(float), unsigned token, unsigned lane, HalfBlock &out) {
     const unsigned g = token % 8;
-    for (unsigned k = 0; k < 2; k++) {
-        const float *v = x + 4 * k;
-        const unsigned column = 8 * lane + 4 * k;
-        out.x[column / 16][4 * g + column % 16 / 4] = {uint32_t(convert(v[0]) | convert(v[1]) << 16), uint32_t(convert(v[2]) | convert(v[3]) << 16)};
+    for (unsigned k = 0; k < 4; k++) {
+        const unsigned column = 8 * lane + 2 * k;
+        out.x[column / 16][column / 2 % 2][4 * g + column % 16 / 4] = uint32_t(convert(x[2 * k]) | convert(x[2 * k + 1]) << 16);
     }
 }

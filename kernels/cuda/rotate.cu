@@ -6,13 +6,16 @@ struct RotateManyArgs {
     uint32_t first_position;
 };
 
-// grid: query heads, then key heads, then value heads × tokens.
-KERNEL_OF(32, rotate, RotateManyArgs) {
-    SHARED(float, head); // [dim]
+// grid: (query heads, then key heads, then value heads) / 8 × tokens.
+KERNEL_OF(256, rotate, RotateManyArgs) {
+    SHARED(float, heads); // [warp][dim]
     const RotateArgs &r = a.rotation;
-    const unsigned lane = threadIdx.x, token = blockIdx.y, n = r.n_heads, kv = r.n_kv_heads;
-    const Part part = blockIdx.x < n ? QUERY : blockIdx.x < n + kv ? KEY : VALUE;
-    const unsigned index = blockIdx.x - (part == QUERY ? 0 : part == KEY ? n : n + kv);
+    const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, token = blockIdx.y, n = r.n_heads, kv = r.n_kv_heads;
+    const unsigned which = blockIdx.x * (blockDim.x / WARP) + warp;
+    if (which >= n + 2 * kv) return;
+    float *head = heads + warp * max(r.key_dim, r.value_dim);
+    const Part part = which < n ? QUERY : which < n + kv ? KEY : VALUE;
+    const unsigned index = which - (part == QUERY ? 0 : part == KEY ? n : n + kv);
     rotate_head(r, part, index, token, lane, head);
     if (part == QUERY) {
         float *out = (float *)r.q + (size_t(token) * n + index) * r.key_dim;

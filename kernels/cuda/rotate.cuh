@@ -26,7 +26,7 @@ __device__ __forceinline__ void rotate_head(const RotateArgs &a, Part part, unsi
     const float *norm = part == QUERY ? a.q_norm : part == KEY ? a.k_norm : nullptr;
     float squares = 0;
     for (unsigned i = lane; i < dim; i += WARP) {
-        head[i] = from[i] + (bias ? bias[index * dim + i] : 0.0f);
+        head[i] = __ldcg(from + i) + (bias ? bias[index * dim + i] : 0.0f);
         squares += head[i] * head[i];
     }
     if (norm) {

@@ -41,9 +41,12 @@ struct ActivationBlock {
 static_assert(sizeof(ActivationBlock) == 2560, "quantize.rs counts it so");
 
 struct HalfBlock {
-    uint2 x[16][WARP]; // [step of 16 columns]: columns 4t, 4t + 1, then 4t + 2, 4t + 3
+    uint32_t x[16][2][WARP]; // [step of 16 columns]: columns 4t, 4t + 1, then [1] 4t + 2, 4t + 3; so 8 values of 8 tokens lie together
 };
 static_assert(sizeof(HalfBlock) == 4096, "quantize.rs counts it so");
+
+// What products silu(x) · up are counted in, as halves: up to 4 million in steps of at most 2⁻¹⁸ or 2⁻¹² of themselves.
+constexpr float GATED_UNIT = 64;
 
 __device__ __forceinline__ uint16_t u16_at(const uint8_t *p) { return uint16_t(p[0] | p[1] << 8); }
 __device__ __forceinline__ uint32_t word(uint4 v, unsigned i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -62,7 +65,8 @@ struct KScales {
 
 // A type says: how its blocks lie in the file (`quant`: value i of a block as it is stored,
 // `put_scales`: the 16 or more bytes of a row, of its blocks in 256 columns), and what a
-// register of a fragment is. SHIFT: fragments hold the value times 2^SHIFT.
+// register of a fragment is. SHIFT: fragments hold the value times 2^SHIFT; HIGH_SHIFT: rows g + 8 that times 2^HIGH_SHIFT
+// more, which saves a shift.
 namespace types {
 
 template <unsigned LEN_, unsigned BYTES_, unsigned BITS_> struct Type {
@@ -70,6 +74,7 @@ template <unsigned LEN_, unsigned BYTES_, unsigned BITS_> struct Type {
     static constexpr unsigned CHUNK = CHUNK_COLUMNS / LEN * BYTES * TILE_ROWS;
     static constexpr unsigned LOW = BITS == 8 ? 4096 : 2048;
     static constexpr unsigned HIGH = BITS == 5 ? 512 : BITS == 6 ? 1024 : 0;
+    static constexpr unsigned HIGH_SHIFT = 0;
 };
 
 template <unsigned BYTES, unsigned BITS> struct Legacy : Type<32, BYTES, BITS> {
@@ -96,9 +101,9 @@ struct Q4_0 : Legacy<18, 4> {
 };
 struct Q4_1 : Legacy<20, 4> {
     static constexpr bool SIGNED = false, HAS_MIN = true;
-    static constexpr unsigned SHIFT = 0;
+    static constexpr unsigned SHIFT = 0, HIGH_SHIFT = 4;
     __device__ static uint32_t low(uint32_t x, unsigned) { return x & 0x0f0f0f0f; }
-    __device__ static uint32_t high(uint32_t x, unsigned) { return x >> 4 & 0x0f0f0f0f; }
+    __device__ static uint32_t high(uint32_t x, unsigned) { return x & 0xf0f0f0f0; }
 };
 struct Q5_0 : Legacy<22, 5> {
     static constexpr bool SIGNED = true;
@@ -124,7 +129,7 @@ struct KQuant {
 };
 struct Q4_K : Type<256, 144, 4>, KQuant {
     static constexpr bool SIGNED = false, HAS_MIN = true;
-    static constexpr unsigned SUB = 32, SHIFT = 0;
+    static constexpr unsigned SUB = 32, SHIFT = 0, HIGH_SHIFT = 4;
     __device__ static unsigned quant(const uint8_t *b, unsigned i) { return b[16 + i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15; }
     __device__ static void put_scales(const uint8_t *b, unsigned, uint8_t *out, unsigned) {
         for (unsigned i = 0; i < 16; i++) out[i] = b[i];
@@ -165,6 +170,9 @@ struct F16 : Half {
 struct BF16 : Half {
     __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint2 b) { mma_bf16_k16(c, a, b.x, b.y); }
 };
+
+// What takes 2^SHIFT and 2^HIGH_SHIFT back, of rows g (+ 8 · half).
+template <class W> __device__ __forceinline__ constexpr float unshift(unsigned half) { return 1.0f / float(1 << (W::SHIFT + (half ? W::HIGH_SHIFT : 0))); }
 
 } // namespace types
 

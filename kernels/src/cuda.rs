@@ -22,7 +22,7 @@ mod top;
 pub use attention::{CacheType, Heads, LayerCache, Rotation, StepPart, StepState, attention, attention_step, rotate, splits};
 pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
 pub use experts::{ExpertJob, ExpertMatrices, Router, Routing};
-pub use matmul::{Job, matmul, matmul_experts};
+pub use matmul::{Job, form_of, forms_of, matmul, matmul_experts};
 pub use pack::{TILE_ROWS, WeightMatrix};
 pub use quantize::{Form, Inputs, OnTheWay};
 pub use staging::Staging;
@@ -46,9 +46,29 @@ pub struct Shape {
     pub shared: u32,
 }
 
+/// What kernels may ask of a GPU.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a block may have.
+    pub shared: u32,
+    /// Compute capability.
+    pub capability: (i32, i32),
+}
+
+/// When a launch may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Once all work before it is done.
+    InTurn,
+    /// As soon as the launch before it lets it (`let_next_begin` in `cuda/ptx.cuh`): the kernel waits itself.
+    Early,
+}
+
 /// What a launcher needs of a GPU. Work is done in the order it is asked for.
 pub trait Gpu: Send + Sync {
     fn name(&self) -> String;
+    fn limits(&self) -> Limits;
     /// (free, all) bytes.
     fn memory(&self) -> Result<(u64, u64)>;
     /// 256-byte aligned.
@@ -71,8 +91,8 @@ pub trait Gpu: Send + Sync {
     unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()>;
     /// # Safety
     /// `args` is the kernel's own struct, and the addresses in it are of
-    /// allocations as long as the kernel reads and writes with it.
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()>;
+    /// allocations as long as the kernel reads and writes with it; one that starts early calls `wait_for_previous`.
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, start: Start, args: &[u8]) -> Result<()>;
     /// Until `end_capture`, launches are kept and not done.
     fn begin_capture(&self) -> Result<()>;
     /// What was kept, to be done as one.
@@ -108,7 +128,7 @@ struct Shared {
 }
 
 /// Shared memory that a block may ask for on every GPU that the kernels are for (8.6 and 8.9 have the least).
-pub(crate) const MOST_SHARED: u32 = 99 << 10;
+pub(crate) const LEAST_SHARED: u32 = 99 << 10;
 
 /// A GPU, and an account of its memory.
 #[derive(Clone)]
@@ -143,6 +163,10 @@ impl Device {
 
     pub fn name(&self) -> String {
         self.0.gpu.name()
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.0.gpu.limits()
     }
 
     /// (free, all) bytes of the GPU itself.
@@ -234,12 +258,20 @@ impl Device {
     /// # Safety
     /// As of [`Gpu::launch`]; `A` is the kernel's struct, `repr(C)` and without padding that matters.
     unsafe fn launch<A>(&self, kernel: &'static str, shape: Shape, args: &A) -> Result<()> {
-        assert!(shape.shared <= MOST_SHARED, "{kernel} asks for {} bytes of shared memory", shape.shared);
+        // SAFETY: by the caller.
+        unsafe { self.launch_at(kernel, shape, Start::InTurn, args) }
+    }
+
+    /// # Safety
+    /// As of `launch`.
+    unsafe fn launch_at<A>(&self, kernel: &'static str, shape: Shape, start: Start, args: &A) -> Result<()> {
+        let most = self.limits().shared;
+        assert!(shape.shared <= most, "{kernel} asks for {} bytes of shared memory, of {most}", shape.shared);
         self.ledger().launches += 1;
         // SAFETY: A is plain data; its bytes are read only, padding included, by a copy of them.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const *args).cast::<u8>(), size_of::<A>()) };
         // SAFETY: by the caller.
-        unsafe { self.0.gpu.launch(kernel, shape, bytes) }
+        unsafe { self.0.gpu.launch(kernel, shape, start, bytes) }
     }
 }
 

@@ -23,7 +23,7 @@ use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
 use kernels::cuda::{
     Buffer, Device, ExpertMatrices, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, Router, Routing, StepState, Top,
-    WeightMatrix, matmul, splits,
+    WeightMatrix, form_of, forms_of, matmul, splits,
 };
 use kernels::vecmath::RopeTable;
 use launches::{Attend, Launches};
@@ -220,7 +220,7 @@ impl<'m> GpuDecoder<'m> {
         let cache = (0..layers.len()).map(cache).collect::<kernels::Result<Vec<_>>>()?;
         let experts = split.expert_layers(h) > 0;
         let rows = inner_rows(h, batch, experts);
-        let inputs = Inputs::new(device, &forms, rows.max(batch), widest(h, rows))?;
+        let inputs = Inputs::new(device, &forms_of(&forms, batch), rows.max(batch), widest(h, rows))?;
         let routing = || Routing::new(device, batch, h.n_experts as usize, h.n_experts_used as usize);
         let routing = experts.then(routing).transpose()?;
         let state = StepState::new(device, heads, batch.min(shape.sequences))?;
@@ -511,12 +511,13 @@ fn vectors<const N: usize>(device: &Device, from: [&Option<Vec<f32>>; N]) -> Res
     Ok(out)
 }
 
-/// Every form that these matrices multiply with, once.
-fn forms(matrices: &[&WeightMatrix]) -> Vec<Form> {
+/// Every form that `n` tokens are wanted in by these matrices, once.
+fn forms(device: &Device, matrices: &[&WeightMatrix], n: usize) -> Vec<Form> {
     let mut out: Vec<Form> = vec![];
     for m in matrices {
-        if !out.contains(&m.form()) {
-            out.push(m.form());
+        let form = form_of(device, m, n);
+        if !out.contains(&form) {
+            out.push(form);
         }
     }
     out

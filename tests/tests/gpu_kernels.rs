@@ -10,7 +10,7 @@ use kernels::cuda::{
     Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then,
     Top, WeightMatrix,
 };
-use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, matmul, rotate, splits};
+use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, form_of, matmul, rotate, splits};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
@@ -25,12 +25,16 @@ fn encoded(block: &BlockType, rows: usize, columns: usize, seed: u64) -> Vec<u8>
 
 /// Products, and what their errors are measured by, in f64 from exactly what the kernel multiplies.
 fn truth(block: &BlockType, bytes: &[u8], rows: usize, x: &[f32], columns: usize) -> (Vec<f64>, Vec<f64>) {
-    let format = match Form::of(block).unwrap() {
+    truth_in(Form::of(block).unwrap(), block, bytes, rows, x, columns)
+}
+
+fn truth_in(form: Form, block: &BlockType, bytes: &[u8], rows: usize, x: &[f32], columns: usize) -> (Vec<f64>, Vec<f64>) {
+    let format = match form {
         Form::Q8Per32 => ActivationFormat::Q8Per32,
         Form::Q8Per256 => ActivationFormat::Q8Per256,
         Form::F16 | Form::Bf16 => ActivationFormat::Float,
     };
-    let rounded: Vec<f32> = match Form::of(block).unwrap() {
+    let rounded: Vec<f32> = match form {
         Form::F16 => x.iter().map(|v| half::f16::from_f32(*v).to_f32()).collect(),
         Form::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect(),
         _ => x.to_vec(),
@@ -47,25 +51,35 @@ fn truth(block: &BlockType, bytes: &[u8], rows: usize, x: &[f32], columns: usize
 }
 
 /// Rows, columns in blocks of the type or 256s, tokens: one row, one column block, odd batches, every variant.
-const SHAPES: [(usize, usize, usize); 8] =
-    [(1, 1, 1), (16, 1, 8), (17, 3, 3), (50, 2, 9), (33, 5, 17), (130, 1, 33), (31, 9, 65), (16, 20, 2)];
+const SHAPES: [(usize, usize, usize); 10] =
+    [(1, 1, 1), (16, 1, 8), (17, 3, 3), (50, 2, 9), (33, 5, 17), (130, 1, 33), (31, 9, 64), (16, 20, 2), (31, 9, 65), (150, 2, 140)];
 
 #[test]
 fn matmuls_agree_with_the_reference() {
     for device in devices(&[false, true]) {
-        for (block, form) in Form::types() {
+        for (block, _) in Form::types() {
             for (i, (rows, n_blocks, tokens)) in SHAPES.into_iter().enumerate() {
                 // Columns of one block, where blocks are short: what pads a chunk must not count.
                 let columns = n_blocks * if block.block_len == 1 { 24 } else { block.block_len };
                 let bytes = encoded(block, rows, columns, 3 + i as u64);
                 let x = weights(tokens * columns, 90 + i as u64, 11);
                 let matrix = WeightMatrix::upload(&device, block, rows, columns, &bytes).unwrap();
+                let form = form_of(&device, &matrix, tokens);
                 let mut inputs = Inputs::new(&device, &[form], tokens, columns).unwrap();
                 inputs.fill(&device, &device.upload_floats("x", &x).unwrap(), 0, tokens, columns, OnTheWay::Nothing, &[form]).unwrap();
                 let out = device.allocate("out", 4 * tokens * rows).unwrap();
                 matmul(&device, &[Job { weights: &matrix, out: &out, add: false }], &inputs).unwrap();
                 let got = out.read_floats().unwrap();
-                let (want, scale) = truth(block, &bytes, rows, &x, columns);
+                let (want, scale) = truth_in(form, block, &bytes, rows, &x, columns);
+                if form != matrix.form() {
+                    // Weights became halves: scale and min lose 2·10⁻⁴ of themselves (RMS), and are up to some
+                    // times as large as most weights of a sub-block, whose difference from them is what is wanted.
+                    let want: Vec<f32> = want.iter().map(|v| *v as f32).collect();
+                    let error = relative_rms(&got, &want);
+                    println!("{} {tokens}: {error:.6}", block.name);
+                    assert!(error < 2e-3, "{} {rows}×{columns}×{tokens}: {error} apart on {}", block.name, device.name());
+                    continue;
+                }
                 for (j, ((got, want), scale)) in got.iter().zip(&want).zip(&scale).enumerate() {
                     let error = (f64::from(*got) - want).abs();
                     // Integers are exact; what is left is float sums of some tens of terms.
@@ -129,6 +143,32 @@ fn a_group_shares_its_inputs() {
                 assert!((f64::from(*got) - want).abs() <= 4e-6 * scale + 1e-7, "{}: {got} instead of {want}", block.name);
             }
         }
+    }
+}
+
+/// A gated product of many tokens, added to what is there: larger than a half before it meets its weights.
+#[test]
+fn what_is_gated_may_be_larger_than_a_half() {
+    for device in devices(&[false]) {
+        let (rows, columns, tokens) = (20, 256, 70);
+        let (gate, up) = (weights(tokens * columns, 7, 13), weights(tokens * columns, 8, 5));
+        let up: Vec<f32> = up.iter().map(|v| v * 3e6).collect();
+        let bytes = encoded(&blocks::Q8_0, rows, columns, 1);
+        let matrix = WeightMatrix::upload(&device, &blocks::Q8_0, rows, columns, &bytes).unwrap();
+        let form = form_of(&device, &matrix, tokens);
+        let mut inputs = Inputs::new(&device, &[form], tokens, columns).unwrap();
+        let up_at = device.upload_floats("up", &up).unwrap();
+        let gate_at = device.upload_floats("gate", &gate).unwrap();
+        inputs.fill(&device, &gate_at, 0, tokens, columns, OnTheWay::SwiGlu { up: &up_at }, &[form]).unwrap();
+        let out = device.upload_floats("out", &vec![1.0; tokens * rows]).unwrap();
+        matmul(&device, &[Job { weights: &matrix, out: &out, add: true }], &inputs).unwrap();
+        let x: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        assert!(x.iter().any(|v| v.abs() > 65_504.0) && x.iter().all(|v| v.abs() < 4e6));
+        let scaled: Vec<f32> = x.iter().map(|v| v / 64.0).collect();
+        let (want, _) = truth_in(form, &blocks::Q8_0, &bytes, rows, &scaled, columns);
+        let want: Vec<f32> = want.iter().map(|v| (v * 64.0 + 1.0) as f32).collect();
+        let error = relative_rms(&out.read_floats().unwrap(), &want);
+        assert!(error < 1e-3, "{error} apart on {}", device.name());
     }
 }
 
@@ -492,7 +532,7 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
     /// Registers of a multiprocessor, on every architecture that is built for.
     const REGISTERS: usize = 65_536;
     /// Threads of a block, and blocks that must fit beside each other.
-    const BLOCKS: [(&str, usize, usize); 12] = [
+    const BLOCKS: [(&str, usize, usize); 16] = [
         ("matmul_8", 256, 2),
         ("matmul_16", 256, 1),
         ("matmul_32", 256, 1),
@@ -501,8 +541,12 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
         ("attention_step_64", 128, 4),
         ("attention_many_128", 128, 2),
         ("attention_step_128", 128, 3),
-        ("decode_matmul", 256, 2),
-        ("decode_gated", 256, 2),
+        ("decode_matmul", 384, 1),
+        ("decode_gated", 384, 1),
+        ("decode_matmul_alone", 384, 1),
+        ("decode_gated_alone", 384, 1),
+        ("matmul_wide_128", 256, 1),
+        ("matmul_wide_256", 256, 1),
         ("top", 256, 4),
         ("ceiling_read", 256, 4),
     ];

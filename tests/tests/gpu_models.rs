@@ -47,6 +47,22 @@ fn logits_are_the_cpus() {
     }
 }
 
+/// A prompt that Hopper's own kernels multiply.
+#[test]
+fn a_long_prompt_has_the_cpus_logits() {
+    let folder = Folder::new("gpu-long");
+    let ids: Vec<u32> = (0..100u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
+    for (kind, tolerance) in [("Q4_K_M", 0.05), ("F16", 2e-3)] {
+        let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
+        let cpu = on_cpu(&model, &[&ids], KvType::F16);
+        for device in devices(&[false]) {
+            let error = relative_rms(&on_gpu(&model, &device, &[&ids], KvType::F16, Split::WHOLE), &cpu);
+            println!("{kind}: {error:.6} on {}", device.name());
+            assert!(error < tolerance, "{kind}: logits {error} apart");
+        }
+    }
+}
+
 /// Sequences side by side, of other lengths each, are what each is alone: some of them and in any order; more than one
 /// launch takes; F16, which has no fused step; a layer on the host.
 #[test]

@@ -200,3 +200,42 @@ inline void copy_async(void *to, const void *from) { grist_host::copy_async(to, 
 inline void commit_copies() { grist_host::commit_copies(); }
 template <int N> void wait_for_copies() { grist_host::wait_for_copies(N); }
 inline void prefetch(const void *) {}
+inline void keep(uint32_t &) {}
+inline void keep(uint4 &) {}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
+
+inline uint32_t on_halves(uint32_t a, uint32_t b, uint32_t c, bool add) {
+    uint32_t out = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        const double x = grist_host::as_half(a, i), y = grist_host::as_half(b, i), z = grist_host::as_half(c, i);
+        out |= uint32_t(float_to_half(float(add ? x + y : x * y + z))) << (16 * i);
+    }
+    return out;
+}
+inline uint32_t add_halves(uint32_t a, uint32_t b) { return on_halves(a, b, 0, true); }
+inline uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) { return on_halves(a, b, c, false); }
+
+inline void show_to_tensor_cores() {}
+inline void begin_products() {}
+inline void commit_products() {}
+inline void wait_for_products() {}
+constexpr unsigned NEXT_K = 128, NEXT_TOKENS = 1024;
+template <unsigned NT, bool BFLOATS> void products_k16(float (&c)[NT][4], const uint32_t (&a)[4], const void *b) {
+    using namespace grist_host;
+    memcpy(lanes()[lane()].words, a, sizeof a);
+    wait_for_warp();
+    const unsigned g = lane() / 4, t = lane() % 4;
+    const auto value = BFLOATS ? as_bfloat : as_half;
+    float rows[2][16];
+    for (unsigned high = 0; high < 2; high++)
+        for (unsigned k = 0; k < 16; k++) rows[high][k] = value(lanes()[4 * g + k % 8 / 2].words[k / 8 * 2 + high], k % 2);
+    for (unsigned n = 0; n < NT; n++)
+        for (unsigned i = 0; i < 4; i++)
+            for (unsigned k = 0; k < 16; k++) {
+                uint16_t v;
+                memcpy(&v, (const char *)b + n * NEXT_TOKENS + k / 8 * NEXT_K + (2 * t + i % 2) * 16 + k % 8 * 2, 2);
+                c[n][i] += rows[i / 2][k] * value(v, 0);
+            }
+    wait_for_warp();
+}

@@ -1,7 +1,7 @@
 //! The cache of keys and values on a GPU, and launches of `cuda/rotate.cu` and `cuda/attention.cu`.
 
 use super::decode::{FEW, Onward, OnwardArgs, Then};
-use super::{Address, Buffer, Device, Shape};
+use super::{Address, Buffer, Device, Shape, Start};
 use crate::attention::KV_BLOCK;
 use crate::error::{Error, Result};
 use std::ops::Range;
@@ -189,7 +189,12 @@ pub fn rotate(
     let rotation = RotateArgs::new(r, qkv, cache, cache.stores(sequence..sequence + 1), 0..n_tokens);
     let args = RotateManyArgs { rotation, first_position: first_position as u32, padding: 0 };
     let heads = h.n_kv_heads * (h.group + 2);
-    let shape = Shape { grid: [heads as u32, n_tokens as u32, 1], threads: 32, shared: 4 * MOST_DIM as u32 };
+    const AT_A_TIME: usize = 8;
+    let shape = Shape {
+        grid: [heads.div_ceil(AT_A_TIME) as u32, n_tokens as u32, 1],
+        threads: 32 * AT_A_TIME as u32,
+        shared: (4 * AT_A_TIME * MOST_DIM) as u32,
+    };
     // SAFETY: RotateManyArgs; every buffer was checked by `part`, and positions by the assertion.
     unsafe { device.launch("rotate", shape, &args) }
 }
@@ -393,5 +398,5 @@ pub fn attention_step(
         shared: (WARPS * tile.max(ROWS * (d + 2) * 4) + 16) as u32,
     };
     // SAFETY: StepArgs; every buffer was checked by `part` or `Onward::take`, places by the caller of `begin`.
-    unsafe { device.launch(name, shape, &args) }
+    unsafe { device.launch_at(name, shape, Start::Early, &args) }
 }

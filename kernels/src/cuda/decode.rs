@@ -1,10 +1,10 @@
 //! Launches `cuda/decode.cu`: a step of a few tokens, in which each launch
 //! quantizes what the next one takes (`cuda/onward.cuh`).
 
-use super::matmul::{GROUP, Job, Matrix, WARPS};
-use super::pack::{CHUNK_COLUMNS, TILE_ROWS};
+use super::matmul::{GROUP, Job, Matrix};
+use super::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
 use super::quantize::{FORMS, Form, Inputs};
-use super::{Address, Buffer, Device, Shape};
+use super::{Address, Buffer, Device, LEAST_SHARED, Shape, Start};
 use crate::error::Result;
 
 /// Most tokens of such a step: what one block of activations holds.
@@ -110,6 +110,23 @@ struct DecodeArgs {
     n_tokens: u32,
     n_columns: u32,
     eps: f32,
+    stage_bytes: u32,
+    padding: u32,
+}
+
+/// Chunks of a warp on their way, row tiles of a run, warps of a block at most (`decode.cu`).
+const STAGES: usize = 3;
+const RUN: usize = 4;
+const MOST_WARPS: usize = 12;
+
+/// Warps of a block, and its shared memory, of which a multiprocessor that lets launches overlap has room for two.
+fn block(device: &Device, stage: usize, products: usize, part: usize) -> (usize, usize) {
+    let most = device.limits().shared;
+    let room = if most >= 2 * LEAST_SHARED { most / 2 - 1024 } else { LEAST_SHARED } as usize;
+    let of_warp = STAGES * stage + products * RUN * 32 * part;
+    let of_all = FEW * 4 + 16;
+    let warps = ((room - of_all) / of_warp).min(MOST_WARPS);
+    (warps, warps * of_warp + of_all)
 }
 
 /// How a launch's matrices make its outputs.
@@ -131,9 +148,16 @@ pub fn decode_matmul(device: &Device, jobs: &[Job<'_>], product: Product, x: &On
     for (m, job) in matrices.iter_mut().zip(jobs) {
         *m = job.matrix(&x.blocks);
     }
-    let (name, products) = if product == Product::Gated { ("decode_gated", 2) } else { ("decode_matmul", 1) };
+    // Of a token alone a lane keeps two sums, else four.
+    let (name, products, part) = match (product, n_tokens) {
+        (Product::Each, 1) => ("decode_matmul_alone", 1, 8),
+        (Product::Each, _) => ("decode_matmul", 1, 16),
+        (Product::Gated, 1) => ("decode_gated_alone", 2, 8),
+        (Product::Gated, _) => ("decode_gated", 2, 16),
+    };
     let counted = if product == Product::Gated { &jobs[..1] } else { jobs };
     let tiles: usize = counted.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS)).sum();
+    let stage = jobs.iter().map(|j| WeightMatrix::chunk_bytes(j.weights.block)).max().unwrap_or(0);
     let args = DecodeArgs {
         matrices,
         forms: FORMS.map(|f| x.blocks.address(f)),
@@ -143,10 +167,13 @@ pub fn decode_matmul(device: &Device, jobs: &[Job<'_>], product: Product, x: &On
         n_tokens: n_tokens as u32,
         n_columns: columns as u32,
         eps,
+        stage_bytes: stage as u32,
+        padding: 0,
     };
-    let shared = products * WARPS * 4 * 32 * 4 + FEW * 4 + 4;
-    let shape = Shape { grid: [tiles as u32, 1, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
+    let (warps, shared) = block(device, stage, products, part);
+    let grid = tiles.min(device.limits().multiprocessors as usize);
+    let shape = Shape { grid: [grid as u32, 1, 1], threads: 32 * warps as u32, shared: shared as u32 };
     // SAFETY: DecodeArgs; weights and outputs were checked by `Job::matrix`, inputs have room for FEW tokens,
     // and what follows was checked by `Onward::take`.
-    unsafe { device.launch(name, shape, &args) }
+    unsafe { device.launch_at(name, shape, Start::Early, &args) }
 }

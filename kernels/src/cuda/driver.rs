@@ -1,7 +1,7 @@
 //! A GPU through its driver, which is looked for when one is asked for: the
 //! same binary runs where there is none.
 
-use super::{Address, Gpu, GraphId, MOST_SHARED, Shape};
+use super::{Address, Gpu, GraphId, Limits, Shape, Start};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -23,7 +23,11 @@ pub struct Driver {
     modules: Vec<sys::CUmodule>,
     functions: std::sync::Mutex<HashMap<&'static str, usize>>,
     name: String,
+    limits: Limits,
 }
+
+/// The first that lets a launch begin before the one before it has ended.
+const OVERLAPS: (i32, i32) = (9, 0);
 
 // SAFETY: the driver's handles may be used from any thread once its context is current there, which every method sees to.
 unsafe impl Send for Driver {}
@@ -68,9 +72,16 @@ impl Driver {
         if (major, minor) < LEAST_CAPABILITY {
             return Err(none(format!("{name} has compute capability {major}.{minor}; 8.0 or later is needed")));
         }
+        let count = |a| attribute(a).map(|n| n.max(0) as u32);
+        let limits = Limits {
+            multiprocessors: count(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared: count(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            capability: (major, minor),
+        };
         // SAFETY: as above; the context is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("context"))?;
-        let mut driver = Driver { device, context, stream: std::ptr::null_mut(), modules: vec![], functions: Default::default(), name };
+        let mut driver =
+            Driver { device, context, stream: std::ptr::null_mut(), modules: vec![], functions: Default::default(), name, limits };
         driver.enter()?;
         driver.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"))?;
         for image in FATBINS {
@@ -95,8 +106,8 @@ impl Driver {
             // SAFETY: the module is loaded.
             if let Ok(f) = unsafe { result::module::get_function(*m, c) } {
                 let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: a function of a loaded module. What a card has no room for fails at the launch, by name.
-                let _ = unsafe { result::function::set_function_attribute(f, most, MOST_SHARED as i32) };
+                // SAFETY: a function of a loaded module. What it is refused fails at the launch, by name.
+                let _ = unsafe { result::function::set_function_attribute(f, most, self.limits.shared as i32) };
                 known.insert(name, f as usize);
                 return Ok(f);
             }
@@ -126,6 +137,10 @@ impl Drop for Driver {
 impl Gpu for Driver {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
@@ -175,13 +190,36 @@ impl Gpu for Driver {
         self.wait()
     }
 
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()> {
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, start: Start, args: &[u8]) -> Result<()> {
         self.enter()?;
         let f = self.function(kernel)?;
         let [x, y, z] = shape.grid;
         let mut parameters = [args.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: one parameter, the kernel's struct, by the caller; the driver copies it before it returns.
-        unsafe { result::launch_kernel(f, (x, y, z), (shape.threads, 1, 1), shape.shared, self.stream, &mut parameters) }
+        if start == Start::InTurn || self.limits.capability < OVERLAPS {
+            // SAFETY: one parameter, the kernel's struct, by the caller; the driver copies it before it returns.
+            return unsafe { result::launch_kernel(f, (x, y, z), (shape.threads, 1, 1), shape.shared, self.stream, &mut parameters) }
+                .map_err(failed(kernel));
+        }
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared,
+            hStream: self.stream,
+            attrs: &raw mut early,
+            numAttrs: 1,
+        };
+        // SAFETY: as above; `config` and its attribute are read before it returns.
+        unsafe { sys::cuLaunchKernelEx(&raw const config, f, parameters.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
             .map_err(failed(kernel))
     }
 

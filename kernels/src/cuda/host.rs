@@ -2,7 +2,7 @@
 //! `cuda/host/device.h`. An allocation ends at a page that cannot be touched,
 //! so that a kernel which runs past its end dies there.
 
-use super::{Address, Gpu, GraphId, Shape};
+use super::{Address, Gpu, GraphId, Limits, Shape, Start};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
@@ -87,6 +87,11 @@ impl Gpu for Host {
         "host".into()
     }
 
+    /// Few multiprocessors, so that a block has much to do; else a GPU of compute capability 9.0.
+    fn limits(&self) -> Limits {
+        Limits { multiprocessors: 3, shared: 227 << 10, capability: (9, 0) }
+    }
+
     fn memory(&self) -> Result<(u64, u64)> {
         Ok((1 << 34, 1 << 34))
     }
@@ -140,7 +145,7 @@ impl Gpu for Host {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static str, shape: Shape, args: &[u8]) -> Result<()> {
+    unsafe fn launch(&self, kernel: &'static str, shape: Shape, _start: Start, args: &[u8]) -> Result<()> {
         if let Some(now) = &mut self.captured().now {
             now.push(Launch { kernel, shape, args: args.to_vec() });
             return Ok(());

@@ -1,8 +1,8 @@
-//! Launches `cuda/matmul.cu`.
+//! Launches `cuda/matmul.cu`, and on Hopper `cuda/wide.cu`.
 
 use super::experts::{ExpertJob, Routing};
 use super::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
-use super::quantize::{FORMS, Inputs};
+use super::quantize::{FORMS, Form, Inputs};
 use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
 
@@ -33,9 +33,14 @@ pub(super) struct Matrix {
 }
 
 impl Job<'_> {
+    /// With inputs of the weights' own form.
     pub(super) fn matrix(&self, x: &Inputs) -> Matrix {
+        self.with(x, self.weights.form())
+    }
+
+    fn with(&self, x: &Inputs, form: Form) -> Matrix {
         let w = self.weights;
-        assert!(w.columns == x.columns && x.holds(w.form()), "inputs of {} columns in {:?}", w.columns, w.form());
+        assert!(w.columns == x.columns && x.holds(form), "inputs of {} columns in {form:?}", w.columns);
         Matrix {
             chunks: w.chunks.part(0, WeightMatrix::bytes_for(w.block, w.rows, w.columns) as usize),
             out: self.out.part(0, 4 * x.n_tokens * w.rows),
@@ -58,6 +63,20 @@ struct Args {
     n_slabs: u32,
     padding: u32,
     experts: Address,
+    half_unit: f32,
+    more_padding: u32,
+}
+
+/// `struct WideArgs`.
+#[repr(C)]
+struct WideArgs {
+    matrices: [Matrix; GROUP],
+    halves: Address,
+    bfloats: Address,
+    n_matrices: u32,
+    n_tokens: u32,
+    n_slabs: u32,
+    unit: f32,
 }
 
 /// A kernel by the tokens that a block multiplies with.
@@ -87,19 +106,77 @@ fn variant(n_tokens: usize) -> &'static Variant {
     VARIANTS.iter().find(|v| n_tokens <= v.tokens).unwrap_or(&VARIANTS[VARIANTS.len() - 1])
 }
 
-/// Tokens that a launch reads the inputs of, of which the last ones may be nobody's.
-pub(super) fn padded_tokens(n_tokens: usize) -> usize {
-    n_tokens.next_multiple_of(variant(n_tokens).tokens)
+/// From so many tokens on, Hopper's own kernels.
+const WIDE: usize = 65;
+/// The only compute capability that has what they use.
+const HOPPER: (i32, i32) = (9, 0);
+/// Stages of activations and bytes of 8 tokens in one, slots of weights, bytes of halves in one (`wide.cu`).
+const WIDE_STAGES: usize = 4;
+const STAGE_OF_TOKENS: usize = 1024;
+const STAGE_OF_HALVES: usize = 2048;
+
+/// What a launch of so many tokens multiplies such weights with.
+pub fn form_of(device: &Device, weights: &WeightMatrix, n_tokens: usize) -> Form {
+    if is_wide(device, n_tokens) { weights.form().as_halves() } else { weights.form() }
 }
 
-/// out = weights · inputs for each job, at most three.
+/// Every form that `own` ones are asked for in, by launches of up to `n_tokens` on any GPU.
+pub fn forms_of(own: &[Form], n_tokens: usize) -> Vec<Form> {
+    let halves = own.iter().map(|f| f.as_halves()).filter(|_| n_tokens >= WIDE);
+    let wanted = |f: &Form| own.iter().copied().chain(halves.clone()).any(|g| g == *f);
+    FORMS.into_iter().filter(wanted).collect()
+}
+
+fn is_wide(device: &Device, n_tokens: usize) -> bool {
+    n_tokens >= WIDE && device.limits().capability == HOPPER
+}
+
+/// Of the kernels for Hopper, tokens of a block.
+fn wide_tokens(n_tokens: usize) -> usize {
+    if n_tokens <= 128 { 128 } else { 256 }
+}
+
+/// Tokens that a launch on any GPU reads the inputs of, of which the last ones may be nobody's.
+pub(super) fn padded_tokens(n_tokens: usize) -> usize {
+    let wide = if n_tokens < WIDE { 0 } else { n_tokens.next_multiple_of(wide_tokens(n_tokens)) };
+    n_tokens.next_multiple_of(variant(n_tokens).tokens).max(wide)
+}
+
+/// out = weights · inputs for each job, at most three; inputs as [`form_of`] says.
 pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
     assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens > 0);
     let mut matrices = [Matrix::default(); GROUP];
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        *m = job.matrix(x);
+        *m = job.with(x, form_of(device, job.weights, x.n_tokens));
+    }
+    if is_wide(device, x.n_tokens) {
+        return launch_wide(device, matrices, jobs, x);
     }
     launch(device, matrices, jobs.iter().map(|j| j.weights.rows), x, variant(x.n_tokens), 0)
+}
+
+fn launch_wide(device: &Device, matrices: [Matrix; GROUP], jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
+    let tokens = wide_tokens(x.n_tokens);
+    let name = if tokens == 128 { "matmul_wide_128" } else { "matmul_wide_256" };
+    let args = WideArgs {
+        matrices,
+        halves: x.address(Form::F16),
+        bfloats: x.address(Form::Bf16),
+        n_matrices: jobs.len() as u32,
+        n_tokens: x.n_tokens as u32,
+        n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
+        unit: x.half_unit,
+    };
+    // Halves lie stage by stage, other weights chunk by chunk.
+    let slots = |j: &Job<'_>| {
+        if j.weights.form().is_quantized() { 2 * WeightMatrix::chunk_bytes(j.weights.block) } else { WIDE_STAGES * STAGE_OF_HALVES }
+    };
+    let shared = WIDE_STAGES * tokens / 8 * STAGE_OF_TOKENS + WARPS * jobs.iter().map(slots).max().unwrap_or(0);
+    let blocks: usize = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS * WARPS)).sum();
+    let shape = Shape { grid: [blocks as u32, x.n_tokens.div_ceil(tokens) as u32, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
+    // SAFETY: WideArgs; weights and outputs were checked by `Job::with`, and `Inputs` has room for `padded_tokens`,
+    // which is no less than what the grid's blocks read.
+    unsafe { device.launch(name, shape, &args) }
 }
 
 /// The products of each expert's matrices with the tokens that came to it, which `x` holds by slots.
@@ -131,6 +208,8 @@ fn launch(
         n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
         padding: 0,
         experts,
+        half_unit: x.half_unit,
+        more_padding: 0,
     };
     let tiles = rows.map(|r| r.div_ceil(TILE_ROWS));
     let blocks = if v.apart { tiles.map(|t| t.div_ceil(v.tiles)).sum() } else { tiles.sum::<usize>().div_ceil(v.tiles) };

@@ -42,6 +42,11 @@ impl WeightMatrix {
         block.bytes_for(columns) * rows.next_multiple_of(TILE_ROWS) as u64
     }
 
+    /// Bytes of 16 rows × 256 columns.
+    pub(super) fn chunk_bytes(block: &BlockType) -> usize {
+        WeightMatrix::bytes_for(block, TILE_ROWS, CHUNK_COLUMNS) as usize
+    }
+
     /// Bytes on the GPU beside those while it is uploaded.
     pub fn staging_for(block: &BlockType, rows: usize, columns: usize) -> u64 {
         let row_bytes = block.bytes_for(columns as u64);

@@ -50,6 +50,11 @@ impl Form {
         matches!(self, Form::Q8Per32 | Form::Q8Per256)
     }
 
+    /// What Hopper multiplies many tokens in.
+    pub(super) fn as_halves(self) -> Form {
+        if self == Form::Bf16 { Form::Bf16 } else { Form::F16 }
+    }
+
     /// Bytes of 8 tokens × 256 columns: `struct ActivationBlock`, `struct HalfBlock`.
     fn block_bytes(self) -> usize {
         match self {
@@ -87,7 +92,12 @@ pub struct Inputs {
     max_columns: usize,
     pub(super) n_tokens: usize,
     pub(super) columns: usize,
+    /// What halves and bfloats are counted in.
+    pub(super) half_unit: f32,
 }
+
+/// `GATED_UNIT` in `tiles.cuh`.
+const GATED_UNIT: f32 = 64.0;
 
 /// `struct QuantizeArgs`.
 #[repr(C)]
@@ -114,7 +124,7 @@ impl Inputs {
         for f in forms {
             buffers[f.index()] = Some(device.allocate("inputs", Inputs::bytes_for(&[*f], max_tokens, max_columns) as usize)?);
         }
-        Ok(Inputs { forms: buffers, filled: [false; 4], max_tokens, max_columns, n_tokens: 0, columns: 0 })
+        Ok(Inputs { forms: buffers, filled: [false; 4], max_tokens, max_columns, n_tokens: 0, columns: 0, half_unit: 1.0 })
     }
 
     /// The address of its blocks in a form; 0 if there are none.
@@ -175,6 +185,7 @@ impl Inputs {
         forms: &[Form],
     ) -> Result<()> {
         self.hold(n_tokens, columns, forms);
+        self.half_unit = if matches!(on_the_way, OnTheWay::SwiGlu { .. }) { GATED_UNIT } else { 1.0 };
         let (norm, up, eps) = match on_the_way {
             OnTheWay::Nothing => (0, 0, 0.0),
             OnTheWay::Norm { weight, eps } => (weight.part(0, 4 * columns), 0, eps),

@@ -7,7 +7,9 @@ use super::step::{Head, Parts};
 use super::{Experts, FeedForward, Mlp, forms};
 use crate::error::Result;
 use gguf::arch::Dim;
-use kernels::cuda::{ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, matmul, matmul_experts, rotate};
+use kernels::cuda::{
+    ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, form_of, matmul, matmul_experts, rotate,
+};
 
 /// How the tokens attend.
 #[derive(Clone, Copy)]
@@ -67,7 +69,7 @@ impl Launches<'_> {
         let (p, n) = (&mut self.parts, self.n_tokens);
         let (d, s, layer, cache) = (p.device, p.scratch, &p.layers[i], &mut p.cache[i]);
         let job = |weights, out| Job { weights, out, add: false };
-        self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(&layer.qkv.each_ref()))?;
+        self.inputs.fill(d, &s.x, 0, n, hidden, OnTheWay::Norm { weight: &layer.norm, eps }, &forms(d, &layer.qkv.each_ref(), n))?;
         let [q, k, v] = &s.qkv;
         matmul(d, &[job(&layer.qkv[0], q), job(&layer.qkv[1], k), job(&layer.qkv[2], v)], self.inputs)?;
         let rotation = layer.rotation(p.h, s, p.pairs);
@@ -83,7 +85,7 @@ impl Launches<'_> {
                 }
             }
         }
-        self.inputs.fill(d, &s.attended, 0, n, p.h.dim(Dim::AttnOut) as usize, OnTheWay::Nothing, &[layer.output.form()])?;
+        self.inputs.fill(d, &s.attended, 0, n, p.h.dim(Dim::AttnOut) as usize, OnTheWay::Nothing, &[form_of(d, &layer.output, n)])?;
         Ok(matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], self.inputs)?)
     }
 
@@ -92,9 +94,9 @@ impl Launches<'_> {
         let (hidden, ffn, eps) = self.widths();
         let job = |weights, out| Job { weights, out, add: false };
         let norm = OnTheWay::Norm { weight: &mlp.norm, eps };
-        self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(&[&mlp.gate, &mlp.up]))?;
+        self.inputs.fill(d, &s.x, 0, n, hidden, norm, &forms(d, &[&mlp.gate, &mlp.up], n))?;
         matmul(d, &[job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)], self.inputs)?;
-        self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[mlp.down.form()])?;
+        self.inputs.fill(d, &s.gate, 0, n, ffn, OnTheWay::SwiGlu { up: &s.up }, &[form_of(d, &mlp.down, n)])?;
         Ok(matmul(d, &[Job { weights: &mlp.down, out: &s.x, add: true }], self.inputs)?)
     }
 
@@ -105,7 +107,7 @@ impl Launches<'_> {
         let job = |weights, out| ExpertJob { weights, out };
         routing.route(d, &e.router, &s.x, n, hidden)?;
         let norm = OnTheWay::Norm { weight: &e.router.norm, eps };
-        inputs.fill_routed(d, &s.x, routing, hidden, norm, &forms(&[e.gate.first(), e.up.first()]))?;
+        inputs.fill_routed(d, &s.x, routing, hidden, norm, &[e.gate.first().form(), e.up.first().form()])?;
         matmul_experts(d, &[job(&e.gate, &s.gate), job(&e.up, &s.up)], inputs, routing)?;
         inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[e.down.first().form()])?;
         matmul_experts(d, &[job(&e.down, &s.gate)], inputs, routing)?;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvType};
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
-use kernels::cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix};
+use kernels::cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix, forms_of};
 use std::collections::HashMap;
 
 /// Rows of logits that are made at a time.
@@ -153,7 +153,7 @@ fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape, experts: 
     let of_layer = LayerCache::bytes_for(heads, cache.sequences, cache.context, kind);
     let kv = layers * of_layer.iter().map(|b| counted(*b as u64)).sum::<u64>();
     let rows = inner_rows(h, batch, experts);
-    let inputs: u64 = forms.iter().map(|f| counted(Inputs::bytes_for(&[*f], rows.max(batch), widest(h, rows)))).sum();
+    let inputs: u64 = forms_of(forms, batch).iter().map(|f| counted(Inputs::bytes_for(&[*f], rows.max(batch), widest(h, rows)))).sum();
     let routing: u64 = if experts { routing_bytes(h, batch).into_iter().map(counted).sum() } else { 0 };
     let step: u64 = Few::bytes_for(h, heads, forms, batch.min(cache.sequences)).into_iter().map(counted).sum();
     Ok((kv, inputs + routing + step + scratch_floats(h, batch, experts).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))

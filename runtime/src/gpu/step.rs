@@ -106,7 +106,7 @@ impl Few {
         // What reads the residual stream at layer i: its norm, and the forms that are wanted.
         let layers = p.layers;
         let reader = |i: usize| match layers.get(i) {
-            Some(l) => (&l.norm, forms(&l.qkv.each_ref())),
+            Some(l) => (&l.norm, forms(d, &l.qkv.each_ref(), n)),
             None => (p.output_norm, vec![p.output.form()]),
         };
         let (norm, wanted) = reader(0);
@@ -119,7 +119,7 @@ impl Few {
             let then = Then { onward: &mut *inner, norm: None, forms: &[layer.output.form()] };
             let part = StepPart { sequences: 0..kind.n_sequences, each: n / kind.n_sequences, window: p.window, n_splits: kind.n_splits };
             attention_step(d, &layer.rotation(p.h, s, p.pairs), [q, k, v], cache, &s.attended, p.state, &part, Some(then))?;
-            let wanted = forms(&[&mlp.gate, &mlp.up]);
+            let wanted = forms(d, &[&mlp.gate, &mlp.up], n);
             let then = Then { onward: &mut *stream, norm: Some(&mlp.norm), forms: &wanted };
             decode_matmul(d, &[Job { weights: &layer.output, out: &s.x, add: true }], Product::Each, inner, eps, Some(then))?;
             let then = Then { onward: &mut *inner, norm: None, forms: &[mlp.down.form()] };
