@@ -27,7 +27,7 @@ constexpr float NONE = -1e30f;
 // One tile's keys or values; rows that are not wanted, and columns past `dim`, are zeros.
 // Loads go ahead of stores, some at a time: one after the other would each wait for memory.
 template <unsigned D, unsigned THREADS> __device__ __forceinline__ void load_tile(const Rows &rows, size_t first_row, unsigned n, unsigned dim, unsigned thread, uint16_t *tile) {
-    constexpr unsigned PIECES = TILE * D / 8 / THREADS, AT_A_TIME = PIECES < 8 ? PIECES : 8;
+    constexpr unsigned PIECES = TILE * D / 8 / THREADS, AT_A_TIME = PIECES < D / 16 ? PIECES : D / 16;
     for (unsigned from = 0; from < PIECES; from += AT_A_TIME) {
         uint4 v[AT_A_TIME];
         UNROLL
@@ -41,6 +41,22 @@ template <unsigned D, unsigned THREADS> __device__ __forceinline__ void load_til
             const unsigned i = (from + k) * THREADS + thread;
             *(uint4 *)(tile + i / (D / 8) * (D + PADDING) + i % (D / 8) * 8) = v[k];
         }
+    }
+}
+
+// Whether a tile of `n` rows can be copied as it lies; else it is loaded as above.
+template <unsigned D> __device__ __forceinline__ bool is_copied(const AttentionArgs &a, unsigned n) {
+    return a.kv_type == KV_F16 && n == TILE && a.key_dim == D && a.value_dim == D;
+}
+
+// Begins to copy such a tile's keys and values, by THREADS threads.
+template <unsigned D, unsigned THREADS> __device__ __forceinline__ void copy_tile(const AttentionArgs &a, size_t first_row, unsigned thread, uint16_t *keys, uint16_t *values) {
+    UNROLL
+    for (unsigned k = 0; k < TILE * D / 8 / THREADS; k++) {
+        const unsigned i = k * THREADS + thread, to = i / (D / 8) * (D + PADDING) + i % (D / 8) * 8;
+        const size_t from = 2 * (first_row * D + i * 8);
+        copy_async(keys + to, a.keys.quants + from);
+        copy_async(values + to, a.values.quants + from);
     }
 }
 
@@ -160,8 +176,6 @@ template <unsigned D> __device__ __forceinline__ void attention_many(const Atten
     constexpr unsigned BLOCK_ROWS = ROWS * WARPS_OF_ATTENTION;
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, rows = a.n_tokens * a.group;
     const unsigned block_row = blockIdx.x * BLOCK_ROWS, first_row = block_row + warp * ROWS;
-    uint16_t *keys = memory, *values = keys + TILE * (D + PADDING);
-
     uint32_t q[D / 16][4];
     UNROLL
     for (unsigned half = 0; half < 2; half++) {
@@ -172,14 +186,31 @@ template <unsigned D> __device__ __forceinline__ void attention_many(const Atten
     state.most[0] = state.most[1] = NONE;
     const Span s = span(a, block_row, BLOCK_ROWS);
     const Rows of_keys = {a.keys, a.kv_type}, of_values = {a.values, a.kv_type};
+    // Two tiles: one is on its way while the other is attended to.
+    constexpr unsigned BOTH = 2 * TILE * (D + PADDING);
+    auto rows_of = [&](unsigned tile) { return min(TILE, s.newest + 1 - tile * TILE); };
+    auto start = [&](unsigned tile) {
+        if (tile < s.end && is_copied<D>(a, rows_of(tile))) {
+            uint16_t *to = memory + tile % 2 * BOTH;
+            copy_tile<D, WARPS_OF_ATTENTION * WARP>(a, size_t(kv_head) * a.capacity + tile * TILE, threadIdx.x, to, to + BOTH / 2);
+        }
+        commit_copies();
+    };
+    start(s.begin);
     for (unsigned tile = s.begin; tile < s.end; tile++) {
-        const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
+        const unsigned position = tile * TILE, n = rows_of(tile);
         const size_t row = size_t(kv_head) * a.capacity + position;
-        __syncthreads();
-        load_tile<D, WARPS_OF_ATTENTION * WARP>(of_keys, row, n, a.key_dim, threadIdx.x, keys);
-        load_tile<D, WARPS_OF_ATTENTION * WARP>(of_values, row, n, a.value_dim, threadIdx.x, values);
+        uint16_t *keys = memory + tile % 2 * BOTH, *values = keys + BOTH / 2;
+        start(tile + 1);
+        wait_for_copies<1>();
+        if (!is_copied<D>(a, n)) {
+            load_tile<D, WARPS_OF_ATTENTION * WARP>(of_keys, row, n, a.key_dim, threadIdx.x, keys);
+            load_tile<D, WARPS_OF_ATTENTION * WARP>(of_values, row, n, a.value_dim, threadIdx.x, values);
+        }
         __syncthreads();
         attend<D>(a, keys, values, position, first_row, lane, q, state);
+        // The next tile but one goes where this one was.
+        __syncthreads();
     }
     sum_weights<D>(state);
     UNROLL
@@ -258,8 +289,14 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
         const unsigned position = tile * TILE, n = min(TILE, s.newest + 1 - position);
         const size_t row = size_t(stored_head) * a.capacity + position;
         __syncwarp();
-        load_tile<D, WARP>(of_keys, row, n, a.key_dim, lane, keys);
-        load_tile<D, WARP>(of_values, row, n, a.value_dim, lane, values);
+        if (is_copied<D>(a, n)) {
+            copy_tile<D, WARP>(a, row, lane, keys, values);
+            commit_copies();
+            wait_for_copies<0>();
+        } else {
+            load_tile<D, WARP>(of_keys, row, n, a.key_dim, lane, keys);
+            load_tile<D, WARP>(of_values, row, n, a.value_dim, lane, values);
+        }
         __syncwarp();
         attend<D>(a, keys, values, position, block_row, lane, q, state);
     }
@@ -324,10 +361,12 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     if (!args.onward.arrived) return;
     // Heads lie across slabs: a slab is complete when every KV head and block of rows that has columns in it is.
     const unsigned width = a.group * a.value_dim, columns = a.n_kv_heads * width;
+    unsigned next = warp; // of (complete slab, token), this warp's
     for (unsigned slab = kv_head * width / CHUNK_COLUMNS; slab * CHUNK_COLUMNS < (kv_head + 1) * width; slab++) {
         const unsigned first = slab * CHUNK_COLUMNS / width, last = (min((slab + 1) * CHUNK_COLUMNS, columns) - 1) / width;
         if (!comes_last(args.onward.arrived + slab, 1, (last - first + 1) * gridDim.x, flag)) continue;
-        for (unsigned t = warp; t < args.all_tokens; t += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(t) * columns, t, slab, columns, lane);
+        for (; next < args.all_tokens; next += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(next) * columns, next, slab, columns, lane);
+        next -= args.all_tokens;
     }
 }
 

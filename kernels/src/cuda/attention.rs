@@ -295,7 +295,7 @@ pub fn attention(
     let (d, tile) = compiled(h);
     let name = if d == 64 { "attention_many_64" } else { "attention_many_128" };
     let blocks = (n_tokens * h.group).div_ceil(ROWS * WARPS);
-    let shape = Shape { grid: [blocks as u32, h.n_kv_heads as u32, 1], threads: 32 * WARPS as u32, shared: tile as u32 };
+    let shape = Shape { grid: [blocks as u32, h.n_kv_heads as u32, 1], threads: 32 * WARPS as u32, shared: 2 * tile as u32 };
     // SAFETY: AttentionArgs; every buffer was checked by `part`, and positions by the assertion.
     unsafe { device.launch(name, shape, &args) }
 }
