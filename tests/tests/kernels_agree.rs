@@ -288,6 +288,47 @@ fn attention_agrees_with_the_definition() {
     }
 }
 
+/// What a token finds depends on no later one, to the bit, however large its key and value are; nor on how a prompt was
+/// split, as long as both parts are of many tokens.
+#[test]
+fn attention_sees_nothing_of_later_tokens() {
+    use kernels::attention::{Attention, KvView, Partials};
+    let pool = Pool::new(2);
+    let (kv_heads, group, dim, n, cut) = (2, 3, 64, 150, 75);
+    let q = tests::weights(n * kv_heads * group * dim, 1, 7);
+    let halves = |seed: u64, later: f32| {
+        let values = tests::weights(kv_heads * n * dim, seed, 7);
+        let of_position = |i: usize| if i / dim % n < cut { 1.0 } else { later };
+        values.iter().enumerate().map(|(i, v)| half::f16::from_f32(v * of_position(i)).to_bits()).collect::<Vec<u16>>()
+    };
+    let row = kv_heads * group * dim;
+    let run = |k: &[u16], v: &[u16], tokens: std::ops::Range<usize>| {
+        let mut out = vec![f32::NAN; tokens.len() * row];
+        let a = Attention {
+            n_kv_heads: kv_heads,
+            group,
+            key_dim: dim,
+            value_dim: dim,
+            n_tokens: tokens.len(),
+            first_pos: tokens.start,
+            window: usize::MAX,
+            scale: 0.3,
+            q: &q[tokens.start * row..tokens.end * row],
+            k: KvView::F16(k),
+            v: KvView::F16(v),
+            capacity: n,
+        };
+        a.run(&pool, &mut Partials::default(), &mut out);
+        out
+    };
+    let (k, v) = (halves(2, 1.0), halves(3, 1.0));
+    let whole = run(&k, &v, 0..n);
+    let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&run(&halves(2, 900.0), &halves(3, 900.0), 0..n)[..cut * row]), bits(&whole[..cut * row]));
+    let parts = [run(&k, &v, 0..cut), run(&k, &v, cut..n)].concat();
+    assert_eq!(bits(&parts), bits(&whole));
+}
+
 /// Stored as f16, q8_0 or q4_0, the cache reads as the values it then stands for.
 #[test]
 fn attention_reads_every_cache_type() {
