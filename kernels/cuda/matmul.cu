@@ -13,8 +13,16 @@ struct MatmulArgs {
     float half_unit; // what inputs that are halves are counted in
 };
 
-// Of the sums of weights of this type.
-__device__ __forceinline__ float unit(const MatmulArgs &a, unsigned type) { return type == 1 || type == 30 ? a.half_unit : 1.0f; }
+// What sums of weights of this type are counted in.
+__device__ __forceinline__ float unit(const MatmulArgs &a, unsigned type) {
+    switch (type) {
+#define HALF(W, id) \
+    case id: return a.half_unit;
+        HALF_TYPES(HALF)
+#undef HALF
+    }
+    return 1.0f;
+}
 
 // False: this block of tokens is nobody's.
 __device__ __forceinline__ bool find_expert(const MatmulArgs &a, Matrix &m) {
@@ -54,6 +62,7 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
             }
     }
     if (!real) return;
+    const float by = unit(a, m.type);
     UNROLL
     for (unsigned n = 0; n < NT; n++)
         UNROLL
@@ -62,7 +71,7 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
             const unsigned token = (blockIdx.y * NT + n) * 8 + lane % 4 * 2 + i % 2, row = tile * TILE_ROWS + lane / 4 + 8 * (i / 2);
             if (token >= a.n_tokens || row >= m.rows) continue;
             float *out = m.out + size_t(token) * m.stride + row;
-            *out = m.add ? *out + sums[n][i] * unit(a, m.type) : sums[n][i] * unit(a, m.type);
+            *out = m.add ? *out + sums[n][i] * by : sums[n][i] * by;
         }
 }
 
@@ -138,6 +147,7 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
         // The next copy but one goes where this slab was.
         __syncthreads();
     }
+    const float by = unit(a, m.type);
     UNROLL
     for (unsigned n = 0; real && n < NT; n++)
         UNROLL
@@ -145,6 +155,6 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
             const unsigned token = (blockIdx.y * NT + n) * 8 + lane % 4 * 2 + i % 2, row = row_of_lane + 8 * (i / 2);
             if (token >= a.n_tokens || row >= m.rows) continue;
             float *out = m.out + size_t(token) * m.stride + row;
-            *out = m.add ? *out + sums[n][i] * unit(a, m.type) : sums[n][i] * unit(a, m.type);
+            *out = m.add ? *out + sums[n][i] * by : sums[n][i] * by;
         }
 }
