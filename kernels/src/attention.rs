@@ -15,7 +15,7 @@ mod matrix;
 mod pairs;
 mod prefill;
 
-use crate::isa::{self, Isa, Op};
+use crate::isa::{self, Isa, Op, Uses};
 use crate::threads::{Matrix, Pool, Tile};
 pub use kv_view::{KV_BLOCK, KvView};
 
@@ -146,6 +146,7 @@ struct DecodeTask<'a> {
 }
 
 impl Op for DecodeTask<'_> {
+    const USES: Uses = Uses::Vectors;
     type Out = ();
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 //! the speed comes from the features it is compiled with. Results are the
 //! same bytes on every ISA, because no operation is reordered or fused.
 
-use crate::isa::{self, Isa, Op};
+use crate::isa::{self, Isa, Op, Uses};
 use gguf::blocks::*;
 
 struct Encoder<'a, C> {
@@ -13,6 +13,7 @@ struct Encoder<'a, C> {
 }
 
 impl<C: Encode> Op for Encoder<'_, C> {
+    const USES: Uses = Uses::Vectors;
     type Out = ();
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
@@ -30,6 +31,7 @@ struct Decoder<'a, C> {
 }
 
 impl<C: Codec> Op for Decoder<'_, C> {
+    const USES: Uses = Uses::Vectors;
     type Out = ();
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) {
@@ -40,6 +42,7 @@ impl<C: Codec> Op for Decoder<'_, C> {
 struct Prefetch<'a>(&'a [u8]);
 
 impl Op for Prefetch<'_> {
+    const USES: Uses = Uses::Vectors;
     type Out = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {

@@ -76,8 +76,21 @@ pub use operands::{
     MatrixQuants, MatrixSums, QuantizedBlock, RowFormat, Sums, TileShape, TokenInts, TokenQwords, nearest_bfloat,
 };
 
+/// What of an ISA an [`Op`] uses. Rows of one family (`amx` and `avx512vnni`, `avxvnni` and `avx2`, those of NEON) differ
+/// from some step on, and up to it share what was compiled for the plainer one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Uses {
+    /// No integer products.
+    Vectors,
+    /// Integer products besides, of a token alone (`dot_*`).
+    Dots,
+    /// Anything.
+    Tiles,
+}
+
 /// Work to be compiled once an ISA; `run` must be `#[inline(always)]`.
 pub trait Op {
+    const USES: Uses = Uses::Tiles;
     type Out;
     fn run<I: Isa>(self, isa: I) -> Self::Out;
 }
@@ -103,7 +116,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// The token, if this CPU has every feature of the row.
     fn detect() -> Option<Self>;
-    /// Runs `op` in a function compiled with the ISA's features.
+    /// Runs `op` in a function of its own, compiled with the ISA's features.
     fn vectorize<O: Op>(self, op: O) -> O::Out;
 
     fn f16(self, bits: u16) -> f32;

@@ -21,7 +21,7 @@ mod q6_k;
 pub mod reference;
 
 use crate::error::{Error, Result};
-use crate::isa::{self, Isa, Op, RowFormat, each};
+use crate::isa::{self, Isa, Op, RowFormat, Uses, each};
 use crate::threads::{Matrix, Pool, STREAMS, Strip, Striped, Tile};
 use activation::{ActivationFormat, ActivationRow, Activations, Layout};
 use gguf::BlockType;
@@ -104,6 +104,7 @@ impl<W: WeightDot> Op for Fill<'_, W, Tile<'_>> {
 }
 
 impl<W: WeightDot> Op for Fill<'_, W, Strip<'_>> {
+    const USES: Uses = Uses::Dots;
     type Out = ();
 
     #[inline(always)]

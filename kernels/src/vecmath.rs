@@ -1,7 +1,7 @@
 //! Element-wise steps between the matmuls: norms, activations, rotation.
 //! Plain loops over fixed lanes, compiled once for each ISA.
 
-use crate::isa::{self, Isa, MAGIC, Op};
+use crate::isa::{self, Isa, MAGIC, Op, Uses};
 
 /// Declares a public function whose body is compiled once an ISA.
 macro_rules! per_isa {
@@ -10,6 +10,7 @@ macro_rules! per_isa {
         pub fn $name<$life>($($arg: $ty),*) $(-> $out)? {
             struct Call<$life> { $($arg: $ty,)* life: std::marker::PhantomData<&$life ()> }
             impl<$life> Op for Call<$life> {
+                const USES: Uses = Uses::Vectors;
                 type Out = per_isa!(@out $($out)?);
                 #[inline(always)]
                 fn run<I: Isa>(self, _isa: I) -> Self::Out {

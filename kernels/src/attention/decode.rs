@@ -1,10 +1,13 @@
 //! One token's query heads of a group against a run of positions. Bound by
 //! reading the cache: its rows become floats in registers, where they serve up to
-//! four heads of the group, tile by tile (64 positions, which L1 holds).
+//! six heads of the group, tile by tile (64 positions, which L1 holds).
+//!
+//! Each loop over a tile, for each form of rows, number of heads and usual length,
+//! is an [`Op`] of its own: as one function they took the compiler minutes.
 
 use super::Attention;
 use super::kv_view::{ByteRows, FloatRows, HalfRows, KV_BLOCK, KvView, NibbleRows, TileRows, UpcomingRows, scales};
-use crate::isa::{Isa, each};
+use crate::isa::{Isa, Op, Uses, each};
 use crate::vecmath::exp;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -67,12 +70,12 @@ pub fn run<I: Isa>(isa: I, a: &Attention, t: usize, head: usize, positions: Rang
             (KvView::Q4 { q: k, d: k_scales }, KvView::Q4 { q: v, d: v_scales }) if whole => {
                 let (k_scales, v_scales) = (scales(isa, k_scales, &at_k, &mut s.k), scales(isa, v_scales, &at_v, &mut s.v));
                 let (k, v) = (&k[at_k.start / 2..at_k.end / 2], &v[at_v.start / 2..at_v.end / 2]);
-                sums.add_of::<I, _, 2>(isa, [kd, vd], NibbleRows::new(k, k_scales), NibbleRows::new(v, v_scales), n, next);
+                sums.add_of::<I, _, 2, 0>(isa, NibbleRows::new(k, k_scales), NibbleRows::new(v, v_scales), n, next);
             }
             (k, v) => {
                 k.load(isa, rows.clone(), a.key_dim, kd, &mut s.k);
                 v.load(isa, rows, a.value_dim, vd, &mut s.v);
-                sums.add_of::<I, _, 1>(isa, [kd, vd], FloatRows(&s.k), FloatRows(&s.v), n, next);
+                sums.add_of::<I, _, 1, 0>(isa, FloatRows(&s.k), FloatRows(&s.v), n, next);
             }
         }
     }
@@ -107,16 +110,16 @@ impl HeadSums<'_> {
     #[inline(always)]
     fn add<I: Isa, R: TileRows>(&mut self, isa: I, k: R, v: R, n: usize, next: [UpcomingRows; 2]) {
         match self.dims {
-            [64, 64] => self.add_of::<I, R, 4>(isa, [64, 64], k, v, n, next),
-            [128, 128] => self.add_of::<I, R, 4>(isa, [128, 128], k, v, n, next),
-            dims => self.add_of::<I, R, 2>(isa, dims, k, v, n, next),
+            [64, 64] => self.add_of::<I, R, 4, 64>(isa, k, v, n, next),
+            [128, 128] => self.add_of::<I, R, 4, 128>(isa, k, v, n, next),
+            _ => self.add_of::<I, R, 2, 0>(isa, k, v, n, next),
         }
     }
 
-    /// Adds a tile of `n` positions, whose keys and values are 16 · N floats or a multiple.
+    /// Adds a tile of `n` positions, whose keys and values are 16 · N floats or a multiple: DIM, or 0.
     #[inline(always)]
-    fn add_of<I: Isa, R: TileRows, const N: usize>(&mut self, isa: I, [kd, vd]: [usize; 2], k: R, v: R, n: usize, next: [UpcomingRows; 2]) {
-        let (mut g, group) = (0, self.max.len());
+    fn add_of<I: Isa, R: TileRows, const N: usize, const DIM: usize>(&mut self, isa: I, k: R, v: R, n: usize, next: [UpcomingRows; 2]) {
+        let (mut g, group, [kd, vd]) = (0, self.max.len(), self.dims);
         let [mut next_k, mut next_v] = next.map(Some);
         while g < group {
             let heads = match group - g {
@@ -125,22 +128,24 @@ impl HeadSums<'_> {
                 n => n.min(2),
             };
             let (q, s) = (&self.q[g * kd..(g + heads) * kd], &mut self.s[g * TILE..(g + heads) * TILE]);
+            let tile = Tile { rows: k, dim: kd, n, next: next_k };
             match heads {
-                6 => score::<I, R, 6, 2, N>(isa, q, k, kd, n, s, next_k),
-                4 => score::<I, R, 4, 4, N>(isa, q, k, kd, n, s, next_k),
-                2 => score::<I, R, 2, 8, N>(isa, q, k, kd, n, s, next_k),
-                _ => score::<I, R, 1, 16, N>(isa, q, k, kd, n, s, next_k),
+                6 => isa.vectorize(Scores::<R, 6, 2, N, DIM> { q, tile, s }),
+                4 => isa.vectorize(Scores::<R, 4, 4, N, DIM> { q, tile, s }),
+                2 => isa.vectorize(Scores::<R, 2, 8, N, DIM> { q, tile, s }),
+                _ => isa.vectorize(Scores::<R, 1, 16, N, DIM> { q, tile, s }),
             }
             for h in g..g + heads {
                 let (s, o) = (&mut self.s[h * TILE..(h + 1) * TILE], &mut self.o[h * vd..(h + 1) * vd]);
                 soften(s, n, &mut self.max[h], &mut self.total[h], o);
             }
             let (p, o) = (&self.s[g * TILE..(g + heads) * TILE], &mut self.o[g * vd..(g + heads) * vd]);
+            let tile = Tile { rows: v, dim: vd, n, next: next_v };
             match heads {
-                6 => accumulate::<I, R, 6, N>(isa, p, v, vd, n, o, next_v),
-                4 => accumulate::<I, R, 4, N>(isa, p, v, vd, n, o, next_v),
-                2 => accumulate::<I, R, 2, N>(isa, p, v, vd, n, o, next_v),
-                _ => accumulate::<I, R, 1, N>(isa, p, v, vd, n, o, next_v),
+                6 => isa.vectorize(Outputs::<R, 6, N, DIM> { p, tile, o }),
+                4 => isa.vectorize(Outputs::<R, 4, N, DIM> { p, tile, o }),
+                2 => isa.vectorize(Outputs::<R, 2, N, DIM> { p, tile, o }),
+                _ => isa.vectorize(Outputs::<R, 1, N, DIM> { p, tile, o }),
             }
             (next_k, next_v) = (None, None);
             g += heads;
@@ -148,31 +153,44 @@ impl HeadSums<'_> {
     }
 }
 
-/// Scores of G heads, P positions (G · P ≤ 16) at a time; up to P − 1 beyond `n` repeat the last.
-#[inline(always)]
-fn score<I: Isa, R: TileRows, const G: usize, const P: usize, const N: usize>(
-    isa: I,
-    q: &[f32],
-    k: R,
+/// `n` rows of `dim` floats each, and what is to be asked for meanwhile.
+struct Tile<R> {
+    rows: R,
     dim: usize,
     n: usize,
-    s: &mut [f32],
     next: Option<UpcomingRows>,
-) {
-    for p in (0..n).step_by(P) {
-        if let Some(rows) = next {
-            rows.prefetch(isa, p, P);
-        }
-        let rows: [usize; P] = each!(P, |i| (p + i).min(n - 1) * dim);
-        let mut acc = [isa.zero_float(); 16];
-        for d in (0..dim).step_by(16 * N) {
-            let q: [&[f32]; G] = each!(G, |g| &q[g * dim + d..][..16 * N]);
-            products::<I, R, G, P, N>(isa, q, each!(P, |i| k.part(rows[i] + d, 16 * N)), &mut acc);
-        }
-        let mut sums = [0.0f32; 16];
-        isa.store_float(isa.sums(acc), &mut sums);
-        for (g, sums) in sums.as_chunks::<P>().0.iter().take(G).enumerate() {
-            s[g * TILE + p..][..P].copy_from_slice(sums);
+}
+
+/// Scores of G heads, P positions (G · P ≤ 16) at a time; up to P − 1 beyond the last repeat it. DIM as in `add_of`.
+struct Scores<'a, R, const G: usize, const P: usize, const N: usize, const DIM: usize> {
+    q: &'a [f32],
+    tile: Tile<R>,
+    s: &'a mut [f32],
+}
+
+impl<R: TileRows, const G: usize, const P: usize, const N: usize, const DIM: usize> Op for Scores<'_, R, G, P, N, DIM> {
+    const USES: Uses = Uses::Vectors;
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Scores { q, tile: Tile { rows: k, dim, n, next }, s } = self;
+        let dim = if DIM == 0 { dim } else { DIM };
+        for p in (0..n).step_by(P) {
+            if let Some(rows) = next {
+                rows.prefetch(isa, p, P);
+            }
+            let rows: [usize; P] = each!(P, |i| (p + i).min(n - 1) * dim);
+            let mut acc = [isa.zero_float(); 16];
+            for d in (0..dim).step_by(16 * N) {
+                let q: [&[f32]; G] = each!(G, |g| &q[g * dim + d..][..16 * N]);
+                products::<I, R, G, P, N>(isa, q, each!(P, |i| k.part(rows[i] + d, 16 * N)), &mut acc);
+            }
+            let mut sums = [0.0f32; 16];
+            isa.store_float(isa.sums(acc), &mut sums);
+            for (g, sums) in sums.as_chunks::<P>().0.iter().take(G).enumerate() {
+                s[g * TILE + p..][..P].copy_from_slice(sums);
+            }
         }
     }
 }
@@ -238,24 +256,29 @@ fn soften(s: &mut [f32], n: usize, max: &mut f32, total: &mut [f32; 16], o: &mut
     }
 }
 
-/// o += p·v for G heads, as many dimensions at a time as registers hold sums of.
-#[inline(always)]
-fn accumulate<I: Isa, R: TileRows, const G: usize, const N: usize>(
-    isa: I,
-    p: &[f32],
-    v: R,
-    dim: usize,
-    n: usize,
-    o: &mut [f32],
-    mut next: Option<UpcomingRows>,
-) {
-    for d in (0..dim).step_by(if I::WIDE { 16 * N } else { 16 }) {
-        if I::WIDE {
-            dimensions::<I, R, G, N>(isa, p, v, dim, n, d, o, next);
-        } else {
-            dimensions::<I, R, G, 1>(isa, p, v, dim, n, d, o, next);
+/// o += p·v for G heads, as many dimensions at a time as registers hold sums of. DIM as in `add_of`.
+struct Outputs<'a, R, const G: usize, const N: usize, const DIM: usize> {
+    p: &'a [f32],
+    tile: Tile<R>,
+    o: &'a mut [f32],
+}
+
+impl<R: TileRows, const G: usize, const N: usize, const DIM: usize> Op for Outputs<'_, R, G, N, DIM> {
+    const USES: Uses = Uses::Vectors;
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Outputs { p, tile: Tile { rows: v, dim, n, mut next }, o } = self;
+        let dim = if DIM == 0 { dim } else { DIM };
+        for d in (0..dim).step_by(if I::WIDE { 16 * N } else { 16 }) {
+            if I::WIDE {
+                dimensions::<I, R, G, N>(isa, p, v, dim, n, d, o, next);
+            } else {
+                dimensions::<I, R, G, 1>(isa, p, v, dim, n, d, o, next);
+            }
+            next = None;
         }
-        next = None;
     }
 }
 

@@ -6,7 +6,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TileShape, TokenInts, TokenQwords, dword, isa_token};
+use super::{Isa, Lanes, Op, TileShape, TokenInts, TokenQwords, Uses, dword, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -55,7 +55,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     }
 
     fn vectorize<O: Op>(self, op: O) -> O::Out {
-        self.compiled(op)
+        if const { matches!(O::USES, Uses::Vectors) } { self.plain().compiled(op) } else { self.compiled(op) }
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ mod dpwssd;
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenQwords, amx,
+    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenQwords, Uses, amx,
     isa_token,
 };
 use bfloat_dots::bfloat_dots;
@@ -37,7 +37,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     fn vectorize<O: Op>(self, op: O) -> O::Out {
-        self.compiled(op)
+        if const { matches!(O::USES, Uses::Tiles) } { self.compiled(op) } else { self.plain().compiled(op) }
     }
 
     #[inline(always)]

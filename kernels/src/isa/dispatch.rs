@@ -34,6 +34,7 @@ macro_rules! isa_token {
             }
 
             fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
+                #[inline(never)]
                 $(#[target_feature(enable = $feature)])*
                 fn with_features<O: crate::isa::Op>(isa: $name, op: O) -> O::Out {
                     op.run(isa)
@@ -55,11 +56,18 @@ macro_rules! isa_token {
                 (all && (more || !$flag)).then_some($name(()))
             }
 
+            /// The row that this one adds to.
+            fn plain(self) -> $name<false> {
+                $name(())
+            }
+
             fn compiled<O: crate::isa::Op>(self, op: O) -> O::Out {
+                #[inline(never)]
                 $(#[target_feature(enable = $feature)])*
                 fn with_features<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {
                     op.run(isa)
                 }
+                #[inline(never)]
                 $(#[target_feature(enable = $feature)])*
                 $(#[target_feature(enable = $more)])*
                 fn with_more<const $flag: bool, O: crate::isa::Op>(isa: $name<$flag>, op: O) -> O::Out {

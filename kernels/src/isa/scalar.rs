@@ -21,6 +21,7 @@ impl Isa for Scalar {
         Some(Scalar)
     }
 
+    #[inline(never)]
     fn vectorize<O: Op>(self, op: O) -> O::Out {
         op.run(self)
     }

@@ -16,7 +16,7 @@ mod blocks;
 use super::MatmulKernel;
 use super::panel::{BfloatBlock, FloatBlock, MatrixBlock, PairBlock, QuantizedBlock, SLAB};
 pub use crate::isa::ActivationRow;
-use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op, each};
+use crate::isa::{self, GROUP, HALF_TOKENS, Isa, MATRIX_TOKENS, MatrixQuants, Op, Uses, each};
 use crate::threads::{Matrix, Pool, Tile};
 use blocks::{PanelBlock, quantize_runs};
 use std::cell::RefCell;
@@ -344,6 +344,7 @@ impl Activations {
 struct QuantizeRows<'a>(&'a mut Activations);
 
 impl Op for QuantizeRows<'_> {
+    const USES: Uses = Uses::Dots;
     type Out = ();
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 //!
 //! SAFETY of every block in this file: as in `neon.rs`.
 
-use super::super::{Op, isa_token};
+use super::super::{Op, Uses, isa_token};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -76,7 +76,11 @@ macro_rules! dotprod_row {
             }
 
             fn compile<O: Op>(self, op: O) -> O::Out {
-                self.compiled(op)
+                match const { O::USES } {
+                    Uses::Vectors => Neon(()).compiled(op),
+                    Uses::Dots => Dotprod(()).compiled(op),
+                    Uses::Tiles => self.compiled(op),
+                }
             }
 
             #[inline(always)]
