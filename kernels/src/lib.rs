@@ -1,14 +1,12 @@
 //! Kernels: one file a weight type × one file an instruction set, met in
 //! a table that is built once and searched best first.
 //!
-//! Unsafe code lives in `isa/` (intrinsics behind proof tokens), `threads.rs`
-//! (the pool) and `cuda/` (the driver, and launches) only.
+//! Unsafe code lives in `isa/` (intrinsics behind proof tokens) and
+//! `threads.rs` (the pool) only.
 #![deny(unsafe_code)]
 
 pub mod attention;
 pub mod ceiling;
-#[allow(unsafe_code)]
-pub mod cuda;
 pub mod encode;
 mod error;
 pub mod gram;

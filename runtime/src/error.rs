@@ -10,7 +10,7 @@ pub enum Error {
     #[error("tensor '{tensor}': {cause}")]
     Kernel { tensor: String, cause: kernels::Error },
     #[error(transparent)]
-    Gpu(#[from] kernels::Error),
+    Gpu(#[from] cuda::Error),
     #[error("{what} cannot run on a GPU yet; use --device cpu")]
     NotOnGpu { what: String },
     #[error(

@@ -18,13 +18,13 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvCache};
 use crate::layers;
 use crate::model::{self, FeedForwardWeights, Model, Weight};
-use gguf::arch::RopeLayout;
-use gguf::{Hparams, TensorInfo};
-use kernels::Pool;
-use kernels::cuda::{
+use cuda::{
     Buffer, Device, ExpertMatrices, FEW, Form, Inputs, Job, LayerCache, MOST_TOP, OnTheWay, Rotation, Router, Routing, StepState, Top,
     WeightMatrix, form_of, forms_of, matmul, splits,
 };
+use gguf::arch::RopeLayout;
+use gguf::{Hparams, TensorInfo};
+use kernels::Pool;
 use kernels::vecmath::RopeTable;
 use launches::{Attend, Launches};
 use loader::Loader;
@@ -217,7 +217,7 @@ impl<'m> GpuDecoder<'m> {
         let output = load(&model.output)?;
         let output_norm = device.upload_floats("norms", &model.output_norm)?;
         let cache = |_| LayerCache::new(device, heads, shape.sequences, shape.context, kind);
-        let cache = (0..layers.len()).map(cache).collect::<kernels::Result<Vec<_>>>()?;
+        let cache = (0..layers.len()).map(cache).collect::<cuda::Result<Vec<_>>>()?;
         let experts = split.expert_layers(h) > 0;
         let rows = inner_rows(h, batch, experts);
         let inputs = Inputs::new(device, &forms_of(&forms, batch), rows.max(batch), widest(h, rows))?;

@@ -12,7 +12,7 @@ use crate::kv_cache::{CacheShape, KvType};
 use crate::layers::per_token;
 use crate::model::Model;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
-use kernels::cuda::Device;
+use cuda::Device;
 use kernels::{Pool, vecmath};
 
 #[derive(Debug, Clone, Default)]

@@ -1,6 +1,6 @@
 //! What can run GPU kernels here.
 
-use kernels::cuda::Device;
+use cuda::Device;
 
 /// This host, once for each order of threads (true: last to first), and a GPU where there is one; each anew,
 /// so that its account of memory begins at nothing.

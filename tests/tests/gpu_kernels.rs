@@ -5,12 +5,12 @@
 #[path = "gpu_kernels/experts.rs"]
 mod experts;
 
-use gguf::{BlockType, blocks};
-use kernels::cuda::{
+use cuda::{
     Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then,
     Top, WeightMatrix,
 };
-use kernels::cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, form_of, matmul, rotate, splits};
+use cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, form_of, matmul, rotate, splits};
+use gguf::{BlockType, blocks};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Activations, Pool};
@@ -550,7 +550,7 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
         ("top", 256, 4),
         ("ceiling_read", 256, 4),
     ];
-    let report = kernels::cuda::ptxas_report();
+    let report = cuda::ptxas_report();
     let (mut kernel, mut n, mut held) = ("", 0, 0);
     for line in report.lines() {
         if let Some((_, name)) = line.split_once("Function properties for ") {

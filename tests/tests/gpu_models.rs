@@ -2,9 +2,9 @@
 //! exactly the memory that was planned.
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
+use cuda::Device;
 use gguf::{Hparams, TensorInfo};
 use kernels::Pool;
-use kernels::cuda::Device;
 use runtime::gpu::{GpuDecoder, Split, Target, best_split, needs};
 use runtime::tokenizer::EncodeOptions;
 use runtime::{CacheShape, Decoder, KvCache, KvType, Model, Sampler, SamplerOptions, Session, Tokenizer, Want};

@@ -2,9 +2,9 @@
 //! cache first), parsing sizes, progress bars, writing results.
 
 use anyhow::{Context, Result, bail};
+use cuda::Device;
 use gguf::{Array, Metadata, Value};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kernels::cuda::Device;
 use quant::convert::Progress;
 use runtime::gpu::Target;
 use runtime::{KvType, Model, Session};

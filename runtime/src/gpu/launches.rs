@@ -6,10 +6,8 @@
 use super::step::{Head, Parts};
 use super::{Experts, FeedForward, Mlp, forms};
 use crate::error::Result;
+use cuda::{ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, form_of, matmul, matmul_experts, rotate};
 use gguf::arch::Dim;
-use kernels::cuda::{
-    ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, form_of, matmul, matmul_experts, rotate,
-};
 
 /// How the tokens attend.
 #[derive(Clone, Copy)]

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::Weight;
-use kernels::cuda::{Device, Staging, WeightMatrix};
+use cuda::{Device, Staging, WeightMatrix};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;

@@ -5,9 +5,9 @@ use super::step::Few;
 use crate::decoder::BATCH;
 use crate::error::{Error, Result};
 use crate::kv_cache::{CacheShape, KvType};
+use cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix, forms_of};
 use gguf::arch::Dim;
 use gguf::{Hparams, TensorInfo};
-use kernels::cuda::{CacheType, ExpertMatrices, Form, GRANULE, Heads, Inputs, LayerCache, Routing, WeightMatrix, forms_of};
 use std::collections::HashMap;
 
 /// Rows of logits that are made at a time.

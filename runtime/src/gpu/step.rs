@@ -3,11 +3,11 @@
 
 use super::{FeedForward, Layer, Scratch, forms};
 use crate::error::Result;
-use gguf::Hparams;
-use kernels::cuda::{
+use cuda::{
     Buffer, Device, FEW, Form, Graph, Heads, Job, LayerCache, Onward, Product, StepPart, StepState, Then, Top, WeightMatrix,
     attention_step, decode_begin, decode_matmul,
 };
+use gguf::Hparams;
 use std::collections::HashMap;
 
 /// What a captured step depends on.

@@ -1,8 +1,8 @@
 //! Experts: routing, slots, products and sums.
 
 use super::{encoded, truth};
+use cuda::{ExpertJob, ExpertMatrices, Form, Inputs, OnTheWay, Router, Routing, WeightMatrix, matmul_experts};
 use gguf::blocks;
-use kernels::cuda::{ExpertJob, ExpertMatrices, Form, Inputs, OnTheWay, Router, Routing, WeightMatrix, matmul_experts};
 use tests::gpu::devices;
 use tests::weights;
 

@@ -2,8 +2,8 @@
 
 use crate::common;
 use anyhow::{Result, bail};
+use cuda::Device;
 use kernels::Pool;
-use kernels::cuda::Device;
 use runtime::gpu::Target;
 use runtime::{CacheShape, Engine, KvType, Model, Want};
 use std::path::PathBuf;
@@ -70,7 +70,10 @@ pub fn run(a: Args) -> Result<()> {
     let device = a.placement.device()?;
     let spec = Spec { prompt: a.prompt, n: a.n, depth: a.depth, sequences: a.sequences as usize, reps: a.reps, kv };
     let (rows, ops, bandwidth) = measure(&pool, &model, device.as_ref(), &spec)?;
-    let place = device.as_ref().map_or_else(|| kernels::isa::in_force().to_string(), Device::name);
+    let place = match &device {
+        Some(device) => format!("{}, bus {:.1} GB/s", device.name(), cuda::ceiling::bus(device)? / 1e9),
+        None => kernels::isa::in_force().to_string(),
+    };
     report(&a, &rows, &format!("{} threads, {place}", pool.n_threads()), pool.n_threads(), ops, bandwidth)
 }
 
@@ -89,7 +92,7 @@ pub fn measure(pool: &Pool, model: &Model, device: Option<&Device>, s: &Spec) ->
     let shape = CacheShape { sequences: s.sequences, context: s.depth + s.prompt.max(s.n) + 1, kv: s.kv };
     let mut engine = Engine::new(model, device.map(Target::from), shape)?;
     let peak = || match device {
-        Some(device) => kernels::cuda::ceiling::measure(device),
+        Some(device) => cuda::ceiling::measure(device),
         None => Ok(kernels::ceiling::measure(pool, model.file().bytes())),
     };
     let vocab = model.vocab() as u32;

@@ -1,10 +1,10 @@
-//! Launches `cuda/matmul.cu`, and on Hopper `cuda/wide.cu`.
+//! Launches `kernels/matmul.cu`, and on Hopper `kernels/wide.cu`.
 
-use super::experts::{ExpertJob, Routing};
-use super::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
-use super::quantize::{FORMS, Form, Inputs};
-use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
+use crate::experts::{ExpertJob, Routing};
+use crate::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
+use crate::quantize::{FORMS, Form, Inputs};
+use crate::{Address, Buffer, Device, Shape};
 
 /// One matrix of a group that shares its inputs.
 pub struct Job<'a> {

@@ -1,17 +1,18 @@
-//! Kernels for NVIDIA GPUs: `kernels/cuda/NAME.cu`, launched by `cuda/NAME.rs`.
+//! Kernels for NVIDIA GPUs: `kernels/NAME.cu`, launched by `src/NAME.rs`.
 //!
-//! A [`Gpu`] is what the driver gives (feature `cuda`) or, for tests, this host
-//! (feature `cuda-host`), which runs the same kernels thread by thread. Memory
+//! A [`Gpu`] is what the driver gives (feature `driver`) or, for tests, this host
+//! (feature `host`), which runs the same kernels thread by thread. Memory
 //! is a [`Buffer`] of a [`Device`], which knows what has been allocated and
 //! allows no more than it was told.
 
 mod attention;
 pub mod ceiling;
 mod decode;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "driver")]
 mod driver;
+mod error;
 mod experts;
-#[cfg(feature = "cuda-host")]
+#[cfg(feature = "host")]
 mod host;
 mod matmul;
 mod pack;
@@ -21,6 +22,7 @@ mod top;
 
 pub use attention::{CacheType, Heads, LayerCache, Rotation, StepPart, StepState, attention, attention_step, rotate, splits};
 pub use decode::{FEW, Onward, Product, Then, decode_begin, decode_matmul};
+pub use error::{Error, Result};
 pub use experts::{ExpertJob, ExpertMatrices, Router, Routing};
 pub use matmul::{Job, form_of, forms_of, matmul, matmul_experts};
 pub use pack::{TILE_ROWS, WeightMatrix};
@@ -28,7 +30,6 @@ pub use quantize::{Form, Inputs, OnTheWay};
 pub use staging::Staging;
 pub use top::{MOST_TOP, Top};
 
-use crate::error::{Error, Result};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
@@ -61,7 +62,7 @@ pub struct Limits {
 pub enum Start {
     /// Once all work before it is done.
     InTurn,
-    /// As soon as the launch before it lets it (`let_next_begin` in `cuda/ptx.cuh`): the kernel waits itself.
+    /// As soon as the launch before it lets it (`let_next_begin` in `kernels/ptx.cuh`): the kernel waits itself.
     Early,
 }
 
@@ -144,19 +145,19 @@ impl Device {
     }
 
     /// The first GPU of this machine, through its driver.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "driver")]
     pub fn first(cap: u64) -> Result<Device> {
         Ok(Device::new(Box::new(driver::Driver::open(0)?), cap))
     }
 
     /// None can be had: this was built without the kernels.
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(not(feature = "driver"))]
     pub fn first(_cap: u64) -> Result<Device> {
         Err(Error::NoGpu { reason: "this grist was built without --features cuda".into() })
     }
 
     /// This host in a GPU's place. `reversed`: threads run last to first.
-    #[cfg(feature = "cuda-host")]
+    #[cfg(feature = "host")]
     pub fn host(cap: u64, reversed: bool) -> Device {
         Device::new(Box::new(host::Host::new(reversed)), cap)
     }
@@ -360,7 +361,7 @@ impl Drop for Buffer {
 }
 
 /// What ptxas said of every kernel and architecture as this was built.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "driver")]
 pub fn ptxas_report() -> &'static str {
     include_str!(concat!(env!("OUT_DIR"), "/ptxas.txt"))
 }

@@ -1,8 +1,8 @@
-//! What a GPU could do at best, measured now (`cuda/ceiling.cu`).
+//! What a GPU could do at best, measured now (`kernels/ceiling.cu`).
 
-use super::{Address, Buffer, Device, Shape};
-use crate::ceiling::Peaks;
 use crate::error::Result;
+use crate::{Address, Buffer, Device, Shape};
+use ::kernels::ceiling::Peaks;
 use std::time::Instant;
 
 const THREADS: usize = 256;
@@ -44,18 +44,27 @@ pub fn measure(device: &Device) -> Result<Peaks> {
     const UNIT: usize = BLOCKS * THREADS * 64;
     let bytes = (device.room()? / 2).min(1 << 30) as usize / UNIT * UNIT;
     let (memory, out) = (device.allocate("ceiling", bytes.max(UNIT))?, device.allocate("ceiling", 4 * BLOCKS * THREADS)?);
-    let best = |work: &dyn Fn() -> Result<()>, amount: usize| -> Result<f64> {
-        let mut best = 0.0f64;
-        for _ in 0..5 {
-            device.wait()?;
-            let start = Instant::now();
-            work()?;
-            device.wait()?;
-            best = best.max(amount as f64 / start.elapsed().as_secs_f64());
-        }
-        Ok(best)
-    };
-    let read_bytes = best(&|| read(device, &memory, BLOCKS, &out), memory.len())?;
-    let int8_ops = best(&|| dots(device, ROUNDS, BLOCKS, &out), BLOCKS * (THREADS / 32) * ROUNDS * OPS_A_ROUND)?;
+    let read_bytes = best(device, memory.len(), || read(device, &memory, BLOCKS, &out))?;
+    let int8_ops = best(device, BLOCKS * (THREADS / 32) * ROUNDS * OPS_A_ROUND, || dots(device, ROUNDS, BLOCKS, &out))?;
     Ok(Peaks { int8_ops, read_bytes })
+}
+
+/// Bytes a second that the GPU takes from page-locked memory of the host: what loading cannot exceed.
+pub fn bus(device: &Device) -> Result<f64> {
+    const BYTES: usize = 64 << 20;
+    let (from, to) = (device.staging(BYTES)?, device.allocate("ceiling", BYTES)?);
+    best(device, BYTES, || to.write(0, from.as_ref()))
+}
+
+/// The most of `amount` a second that `work` did, of a few times.
+fn best(device: &Device, amount: usize, work: impl Fn() -> Result<()>) -> Result<f64> {
+    let mut best = 0.0f64;
+    for _ in 0..5 {
+        device.wait()?;
+        let start = Instant::now();
+        work()?;
+        device.wait()?;
+        best = best.max(amount as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(best)
 }

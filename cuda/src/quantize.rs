@@ -1,10 +1,10 @@
 //! Activations of a batch as the tensor cores read them, a norm applied on the way.
 
-use super::experts::Routing;
-use super::matmul::padded_tokens;
-use super::pack::CHUNK_COLUMNS;
-use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
+use crate::experts::Routing;
+use crate::matmul::padded_tokens;
+use crate::pack::CHUNK_COLUMNS;
+use crate::{Address, Buffer, Device, Shape};
 use gguf::{BlockType, blocks};
 
 /// What weights of a type multiply with: as on a CPU, but for halves, which meet activations rounded to halves.

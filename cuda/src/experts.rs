@@ -1,14 +1,14 @@
-//! Launches `cuda/experts.cu`: a router's choice, experts' inputs by slots, and
+//! Launches `kernels/experts.cu`: a router's choice, experts' inputs by slots, and
 //! the sum of their outputs.
 //!
 //! A pair is a token and one of the experts it takes. Pairs of an expert get
 //! slots next to each other, padded so that a block of a matmul is of one
 //! expert; nothing of this comes to the host.
 
-use super::matmul::{BLOCKS, WARPS};
-use super::pack::WeightMatrix;
-use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
+use crate::matmul::{BLOCKS, WARPS};
+use crate::pack::WeightMatrix;
+use crate::{Address, Buffer, Device, Shape};
 
 /// Most experts that a token can take, each chosen by one thread.
 const MOST_USED: usize = 64;

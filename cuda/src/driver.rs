@@ -1,8 +1,8 @@
 //! A GPU through its driver, which is looked for when one is asked for: the
 //! same binary runs where there is none.
 
-use super::{Address, Gpu, GraphId, Limits, Shape, Start};
 use crate::error::{Error, Result};
+use crate::{Address, Gpu, GraphId, Limits, Shape, Start};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};

@@ -1,11 +1,11 @@
-//! Launches `cuda/decode.cu`: a step of a few tokens, in which each launch
-//! quantizes what the next one takes (`cuda/onward.cuh`).
+//! Launches `kernels/decode.cu`: a step of a few tokens, in which each launch
+//! quantizes what the next one takes (`kernels/onward.cuh`).
 
-use super::matmul::{GROUP, Job, Matrix};
-use super::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
-use super::quantize::{FORMS, Form, Inputs};
-use super::{Address, Buffer, Device, LEAST_SHARED, Shape, Start};
 use crate::error::Result;
+use crate::matmul::{GROUP, Job, Matrix};
+use crate::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
+use crate::quantize::{FORMS, Form, Inputs};
+use crate::{Address, Buffer, Device, LEAST_SHARED, Shape, Start};
 
 /// Most tokens of such a step: what one block of activations holds.
 pub const FEW: usize = 8;

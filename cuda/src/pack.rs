@@ -1,8 +1,8 @@
 //! Weight matrices in a GPU's memory: chunks of 16 rows × 256 columns
-//! (`cuda/tiles.cuh`), made there from the file's own bytes.
+//! (`kernels/tiles.cuh`), made there from the file's own bytes.
 
-use super::{Address, Buffer, Device, Form, Shape};
 use crate::error::{Error, Result};
+use crate::{Address, Buffer, Device, Form, Shape};
 use gguf::BlockType;
 use std::ops::Range;
 

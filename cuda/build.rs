@@ -1,24 +1,24 @@
-//! The GPU kernels: for GPUs by nvcc (feature `cuda`), for tests by the C++ compiler (`cuda-host`).
+//! The GPU kernels: for GPUs by nvcc (feature `driver`), for tests by the C++ compiler (`host`).
 
 use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=cuda");
+    println!("cargo:rerun-if-changed=kernels");
     let out = std::env::var("OUT_DIR").expect("set by cargo");
-    let mut stems: Vec<String> = std::fs::read_dir("cuda")
-        .expect("kernels/cuda")
+    let mut stems: Vec<String> = std::fs::read_dir("kernels")
+        .expect("cuda/kernels")
         .filter_map(|e| e.ok()?.file_name().into_string().ok()?.strip_suffix(".cu").map(str::to_owned))
         .collect();
     stems.sort();
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "driver")]
     nvcc::build(&stems, Path::new(&out));
-    #[cfg(feature = "cuda-host")]
+    #[cfg(feature = "host")]
     host::build(&stems, Path::new(&out));
     let _ = (stems, Path::new(&out));
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "driver")]
 mod nvcc {
     use std::path::{Path, PathBuf};
     use std::process::Command;
@@ -45,7 +45,7 @@ mod nvcc {
             let done = child.wait_with_output().unwrap_or_else(|e| fail(&format!("{}: {e}", nvcc.display())));
             let said = String::from_utf8_lossy(&done.stderr).into_owned() + &String::from_utf8_lossy(&done.stdout);
             if !done.status.success() {
-                fail(&format!("nvcc cannot compile cuda/{stem}.cu:\n{said}"));
+                fail(&format!("nvcc cannot compile kernels/{stem}.cu:\n{said}"));
             }
             report += &said;
             table += &format!("include_bytes!({:?}), ", out.join(format!("{stem}.fatbin")));
@@ -56,12 +56,12 @@ mod nvcc {
 
     fn start(nvcc: &Path, stem: &str, out: &Path) -> std::process::Child {
         let mut command = Command::new(nvcc);
-        command.args(["-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", "-Icuda", "--threads", "0"]);
+        command.args(["-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", "-Ikernels", "--threads", "0"]);
         for a in ARCHITECTURES {
             command.arg("-gencode").arg(format!("arch=compute_{a},code=sm_{a}"));
         }
         command.arg("-gencode").arg(format!("arch=compute_{PTX},code=compute_{PTX}"));
-        command.arg("-o").arg(out.join(format!("{stem}.fatbin"))).arg(format!("cuda/{stem}.cu"));
+        command.arg("-o").arg(out.join(format!("{stem}.fatbin"))).arg(format!("kernels/{stem}.cu"));
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         command.spawn().unwrap_or_else(|e| fail(&format!("{}: {e}", nvcc.display())))
     }
@@ -80,7 +80,7 @@ mod nvcc {
     }
 }
 
-#[cfg(feature = "cuda-host")]
+#[cfg(feature = "host")]
 mod host {
     use std::path::Path;
 
@@ -94,7 +94,7 @@ mod host {
             .std("c++17")
             .opt_level(2)
             .define("GRIST_HOST", None)
-            .include("cuda")
+            .include("kernels")
             // The kernels' own operations, none fused: what the CPU rows compute.
             .flag_if_supported("-ffp-contract=off")
             .file(unit)

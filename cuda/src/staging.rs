@@ -1,11 +1,11 @@
 //! Page-locked memory of the host, which a GPU copies from by itself, at the
 //! bus's speed; from other memory the driver copies twice.
 
-use super::Device;
+use crate::Device;
 use crate::error::Result;
 use std::ptr::NonNull;
 
-/// Freed when it is dropped. What a [`Buffer`](super::Buffer) was told to take from it may be
+/// Freed when it is dropped. What a [`Buffer`](crate::Buffer) was told to take from it may be
 /// overwritten once [`Device::wait`] has returned.
 pub struct Staging {
     device: Device,

@@ -1,8 +1,8 @@
-//! Launches `cuda/top.cu`: the likeliest tokens of a row of logits, so that
+//! Launches `kernels/top.cu`: the likeliest tokens of a row of logits, so that
 //! only those leave the GPU.
 
-use super::{Address, Buffer, Device, Shape};
 use crate::error::Result;
+use crate::{Address, Buffer, Device, Shape};
 
 /// Most tokens that can be asked for.
 pub const MOST_TOP: usize = 64;

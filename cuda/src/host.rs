@@ -1,9 +1,9 @@
 //! This host in a GPU's place: kernels compiled by the C++ compiler against
-//! `cuda/host/device.h`. An allocation ends at a page that cannot be touched,
+//! `kernels/host/device.h`. An allocation ends at a page that cannot be touched,
 //! so that a kernel which runs past its end dies there.
 
-use super::{Address, Gpu, GraphId, Limits, Shape, Start};
 use crate::error::{Error, Result};
+use crate::{Address, Gpu, GraphId, Limits, Shape, Start};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::ptr::NonNull;

@@ -1,9 +1,9 @@
-//! The cache of keys and values on a GPU, and launches of `cuda/rotate.cu` and `cuda/attention.cu`.
+//! The cache of keys and values on a GPU, and launches of `kernels/rotate.cu` and `kernels/attention.cu`.
 
-use super::decode::{FEW, Onward, OnwardArgs, Then};
-use super::{Address, Buffer, Device, Shape, Start};
-use crate::attention::KV_BLOCK;
+use crate::decode::{FEW, Onward, OnwardArgs, Then};
 use crate::error::{Error, Result};
+use crate::{Address, Buffer, Device, Shape, Start};
+use ::kernels::attention::KV_BLOCK;
 use std::ops::Range;
 
 /// How keys and values are stored: `enum KvType`.
