@@ -60,17 +60,34 @@ run() {
         step "$shape $kind"
         [ -s "$file" ] || try 240 "$here/grist" synth "$shape" -t "$kind" -o "$file"
         "$here/grist" plan "$file" --ctx 32768 --vram 24GiB || true
-        # Loading and one token, with 32K of context, as on a card of 24 GiB: seconds and most memory of the host.
+        # Loading and one token, with 32K of context, as on a card of 24 GiB: seconds, most memory of the host, and the GPU's
+        # beside what was planned; what the disk gives in as large reads. (The bus's limit is in the first line of `bench`.)
         # (No pipe after `try`: it would count failures in a shell of its own.)
         try 180 python3 - "$here/grist" "$file" <<'PY' > >(tee -a benches/runs/gpu.txt)
-import resource, subprocess, sys, time
+import json, mmap, os, resource, subprocess, sys, time
 begun = time.time()
 done = subprocess.run([sys.argv[1], "run", sys.argv[2], "-p", "a", "-n", "1", "--temp", "0", "--ctx", "32768",
-                       "--device", "gpu", "--vram", "24GiB"], capture_output=True, text=True)
-rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-print(f"load and first token: {time.time() - begun:.1f} s, host memory {rss:.0f} MiB, exit {done.returncode}")
+                       "--device", "gpu", "--vram", "24GiB", "--json"], capture_output=True, text=True)
+took, rss = time.time() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(f"load and first token: {took:.1f} s, host memory {rss:.0f} MiB, exit {done.returncode}")
 print(done.stderr.strip())
-sys.exit(done.returncode)
+if done.returncode:
+    sys.exit(done.returncode)
+said, size = json.loads(done.stdout), os.path.getsize(sys.argv[2])
+plan = json.loads(subprocess.run([sys.argv[1], "plan", sys.argv[2], "--ctx", "32768", "--vram", "24GiB", "--json"],
+                                 capture_output=True, text=True).stdout)
+planned = next(d["total"] for d in plan["devices"] if d["name"] == "gpu")
+peak = said["gpu_peak_bytes"]
+print(f"within the process: loaded in {said['load_s']:.2f} s = {size / said['load_s'] / 1e9:.1f} GB/s, first token after {said['first_token_s']:.2f} s")
+print(f"GPU memory: {peak} bytes at most, {planned} planned = {peak / planned:.4f}")
+try:
+    fd = os.open(sys.argv[2], os.O_RDONLY | os.O_DIRECT)
+    block, begun, read = mmap.mmap(-1, 16 << 20), time.time(), 0
+    while read < min(size, 4 << 30) and (n := os.preadv(fd, [block], read)):
+        read += n
+    print(f"the disk, reads of 16 MiB past the cache, one at a time: {read / (time.time() - begun) / 1e9:.1f} GB/s")
+except OSError as e:
+    print(f"the disk cannot be read past the cache: {e}")
 PY
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 2048 -n 64 -r 3 > >(tee -a benches/runs/gpu.txt)
         try 120 "$here/grist" bench "$file" --device gpu --vram 24GiB -p 0 -n 64 -r 3 --sequences 8 > >(tee -a benches/runs/gpu.txt)

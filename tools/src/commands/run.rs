@@ -2,10 +2,12 @@
 
 use crate::common;
 use anyhow::Result;
+use cuda::Device;
 use kernels::Pool;
 use runtime::tokenizer::EncodeOptions;
 use runtime::{Sampler, SamplerOptions, Tokenizer, Utf8Stream};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// How tokens are drawn; shared with `chat`.
 #[derive(clap::Args)]
@@ -94,12 +96,16 @@ pub fn run(a: Args) -> Result<()> {
     // Unless told otherwise, room for what was asked, as far as the model's own context goes.
     let ctx = if a.ctx == 0 { own.min(4096.max(ids.len() + a.n)) } else { a.ctx };
     let pool = Pool::new(a.threads);
+    let begun = Instant::now();
     let mut session = common::session(&model, device.as_ref(), ctx, kv)?;
+    let loaded = begun.elapsed().as_secs_f64();
     let mut stream = Utf8Stream::default();
     let mut text = String::new();
     let mut broken = None;
     let streaming = !a.json;
+    let mut first = None;
     let done = session.generate(&pool, &tokenizer, &ids, a.n, &mut sampler, |id| {
+        first.get_or_insert_with(|| begun.elapsed().as_secs_f64());
         let piece = stream.push(&tokenizer.bytes_of(id, false));
         text += &piece;
         match streaming.then(|| common::say(&piece)) {
@@ -115,6 +121,7 @@ pub fn run(a: Args) -> Result<()> {
     }
     let rest = stream.finish();
     text += &rest;
+    let peak = device.as_ref().map(Device::peak);
     if a.json {
         return common::print_json(&serde_json::json!({
             "text": text,
@@ -122,12 +129,16 @@ pub fn run(a: Args) -> Result<()> {
             "completion_tokens": done.ids.len(),
             "prefill_tok_s": done.prefill_tok_s(),
             "decode_tok_s": done.decode_tok_s(),
+            "load_s": loaded,
+            "first_token_s": first,
+            "gpu_peak_bytes": peak,
             "finish_reason": done.finish.name(),
         }));
     }
     common::say(&format!("{rest}\n"))?;
+    let gpu = peak.map_or(String::new(), |bytes| format!(", loaded in {loaded:.2} s, GPU memory {} at most", common::show_bytes(bytes)));
     eprintln!(
-        "grist: {} prompt tokens at {:.1} tok/s, {} generated at {:.1} tok/s, finish: {}",
+        "grist: {} prompt tokens at {:.1} tok/s, {} generated at {:.1} tok/s, finish: {}{gpu}",
         ids.len(),
         done.prefill_tok_s(),
         done.ids.len(),
