@@ -3,7 +3,7 @@
 use crate::decode::{FEW, Onward, OnwardArgs, Then};
 use crate::error::{Error, Result};
 use crate::{Address, Buffer, Device, Shape, Start};
-use ::kernels::attention::KV_BLOCK;
+use kernels::attention::KV_BLOCK;
 use std::ops::Range;
 
 /// How keys and values are stored: `enum KvType`.

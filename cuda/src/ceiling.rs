@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::{Address, Buffer, Device, Shape};
-use ::kernels::ceiling::Peaks;
+use kernels::ceiling::Peaks;
 use std::time::Instant;
 
 const THREADS: usize = 256;
