@@ -6,7 +6,8 @@
 //! `--depth N` fills the context first (timed, once); `--kv f16|q8_0`; `--peers default,plain,unfused` (or none) names those of
 //! llama.cpp's paths to measure: repacked, as the file is, and so without flash attention. It takes long to read a long context:
 //! `--computed N` has it read N tokens, and store those again until the context is full (with flash attention alone).
-//! Build with RUSTFLAGS="-C target-cpu=native" so that ggml is native; our binary chooses at run time either way.
+//! Build with CFLAGS and CXXFLAGS `-march=native`, so that ggml is native; not with `-C target-cpu`, for which our own code
+//! would be tuned too: the binary that is shipped chooses at run time.
 
 use benches::{argument, forget, is_test_run, median, runs, synth};
 use kernels::{Pool, ceiling};

@@ -241,20 +241,41 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_half(self, bits: &[u16; 16]) -> Self::Float;
     /// Lane i is the sum of v\[i\]'s lanes.
     fn sums(self, v: [Self::Float; 16]) -> Self::Float;
-    /// As `transpose`, of floats.
-    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16];
+    /// out\[j\]\[r\] is value j of row r.
+    #[inline(always)]
+    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        let mut out = [[0.0; 16]; 16];
+        for (c, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            // SAFETY: four floats are 16 bytes, and a row has four from 4 · c on.
+            let four = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().add(4 * c).cast::<[u8; 16]>() }));
+            *out = each!(4, |j| self.lanes(four[j]).map(f32::from_bits));
+        }
+        out
+    }
 
     /// What `dot_biased` wants added to each signed weight: 128 or 0.
     const SIGNED_BIAS: i32;
     /// The largest tile whose sums stay in registers.
     const TILE: TileShape;
-    /// 16 dwords of each of 16 rows: out\[j\]\[r\] is dword j of row r.
-    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16];
+    /// 4 dwords of each of 16 rows: lane r of out\[j\] is dword j of row r.
+    fn transpose(self, rows: [&[u8; 16]; 16]) -> [Self::Bytes; 4];
     fn load_lanes(self, v: &Lanes) -> Self::Bytes;
+    /// What `load_lanes` loads.
+    fn lanes(self, v: Self::Bytes) -> Lanes;
+    /// Byte j of each lane, sign-extended.
+    fn widen_bytes(self, v: Self::Bytes) -> [Self::Int; 4];
+    /// 16 in byte i of each lane where the lane's bit 4 · `step` + i is set, else 0. `step` is below 8.
+    fn fifth_bits(self, lanes: Self::Bytes, step: usize) -> Self::Bytes;
+    /// The f16 in the low and in the high halves of lanes.
+    fn half_pairs(self, v: Self::Bytes) -> [Self::Float; 2];
+    /// The same of bfloats.
+    fn bfloat_pairs(self, v: Self::Bytes) -> [Self::Float; 2];
     /// The four values in each lane.
     fn splat_4(self, v: [i8; 4]) -> Self::Bytes;
     fn splat_int(self, v: i32) -> Self::Int;
     fn load_int(self, v: &Lanes) -> Self::Int;
+    /// What `load_int` loads.
+    fn int_lanes(self, v: Self::Int) -> Lanes;
     /// Signed bytes to what `dot_biased` wants.
     fn to_biased(self, w: Self::Bytes) -> Self::Bytes;
     /// As `dot_unsigned`, `w` being signed weights plus `SIGNED_BIAS`.
@@ -263,8 +284,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_pairs(self, acc: Self::Int, a: Self::Int, b: Self::Int) -> Self::Int;
     /// Whether `dot_pairs` multiplies more a second than `mul_add`.
     const PAIRS_OUTPACE_FLOATS: bool = false;
-    /// A sub-block's signed 16-bit scale as `scaled_dots` wants it.
-    fn panel_scale(self, scale: i32) -> u32;
+    /// A sub-block's signed 16-bit scales as `scaled_dots` wants them.
+    fn panel_scales(self, scales: Self::Int) -> Lanes;
     /// Whether panels of quantized weights are multiplied by the next three methods, and not by those after them.
     const OWN_TILES: bool = false;
     /// Makes of a slab's unpacked quants what those two read: what they stand for is `offset` less.
@@ -317,7 +338,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
             }
         }
     }
-    /// acc + p · scale, the scale as of `panel_scale`. If `NARROW`, p fits in 16 bits signed.
+    /// acc + p · scale, the scale as of `panel_scales`. If `NARROW`, p fits in 16 bits signed.
     #[inline(always)]
     fn add_scaled<const NARROW: bool>(self, acc: Self::Int, p: Self::Int, scale: Self::Int) -> Self::Int {
         self.mul_add_int(acc, p, scale)
@@ -515,3 +536,18 @@ const fn block_words(bytes: usize, at: usize) -> [u16; 32] {
     }
     out
 }
+
+/// For `Isa::fifth_bits`: which byte of a lane holds the bits of a step, for each byte of four lanes.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const FIFTH_BYTES: [[u8; 16]; 8] = {
+    let mut out = [[0; 16]; 8];
+    let mut i = 0;
+    while i < 8 * 16 {
+        out[i / 16][i % 16] = (i % 16 / 4 * 4 + i / 16 / 2) as u8;
+        i += 1;
+    }
+    out
+};
+/// Which bits of that byte.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const FIFTH_MASKS: [u32; 2] = [0x0804_0201, 0x8040_2010];

@@ -8,7 +8,7 @@ use crate::model::{Model, Weight};
 use gguf::arch::Dim;
 use gguf::{Hparams, RopeScaling};
 use kernels::attention::Partials;
-use kernels::matmul::activation::PANEL_MIN_TOKENS;
+use kernels::matmul::activation::SURELY_IN_PANELS;
 use kernels::vecmath::{self, RopeTable};
 use kernels::{ActivationFormat, Observer, Pool};
 use std::sync::Mutex;
@@ -17,7 +17,7 @@ use std::sync::Mutex;
 pub const BATCH: usize = 512;
 
 /// Tokens of a batch that pass all of the last layer, wanted or not: so many are multiplied as the others were.
-pub(crate) const LEAST_KEPT: usize = PANEL_MIN_TOKENS;
+pub(crate) const LEAST_KEPT: usize = SURELY_IN_PANELS;
 
 /// Which logits a caller needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,6 @@ pub(crate) mod feed_forward;
 
 use crate::decoder::Step;
 use crate::model::{Mlp, Weight};
-use kernels::matmul::activation::PANEL_MIN_TOKENS;
 use kernels::matmul::{Job, run_gated, run_group};
 use kernels::threads::Matrix;
 use kernels::{ActivationFormat, Activations, Pool, vecmath};
@@ -70,11 +69,11 @@ impl Quantized {
     /// out = Wdown · (silu(Wgate · x) · (Wup · x)), x as in `matmul`; `gate` and `up` have room for their products.
     pub fn mlp(&mut self, step: &Step, n_tokens: usize, produce: &Produce, m: &Mlp, gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
         let (hidden, ffn) = (m.gate.plan().cols(), m.gate.plan().rows());
-        let inputs = self.inputs.of(m.gate.plan().activation());
+        let (inputs, gated) = (self.inputs.of(m.gate.plan().activation()), self.gated.of(m.down.plan().activation()));
+        let in_panels = inputs.puts_in_panels(n_tokens) && gated.puts_in_panels(n_tokens);
         // An observer is shown what passes between the halves; few tokens' products are small.
-        if step.observer.is_none() && n_tokens >= PANEL_MIN_TOKENS && inputs.are_for(m.up.plan().kernel()) {
+        if step.observer.is_none() && in_panels && inputs.are_for(m.up.plan().kernel()) {
             inputs.fill(step.pool, n_tokens, hidden, produce);
-            let gated = self.gated.of(m.down.plan().activation());
             run_gated(step.pool, [&m.gate, &m.up].map(|w| (w.plan(), w.bytes())), inputs, gated);
             return run_group(step.pool, &mut [job(&m.down, out)], gated);
         }

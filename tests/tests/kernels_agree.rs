@@ -1,12 +1,12 @@
 //! Every kernel row that this CPU can run against the slow truth, over awkward shapes.
 
-use kernels::matmul::activation::PANEL_MIN_TOKENS;
 use kernels::matmul::panel::matrix::LEFT_OUT;
 use kernels::matmul::{Job, Matmul, MatmulKernel, reference, run_group};
 use kernels::{ActivationFormat, Activations, Pool};
 
 /// Rows, columns in blocks, tokens.
-/// The last eight have tokens enough for panels; of the last two, the blocks of 16 are not full, and once odd in number.
+/// The last eight have tokens enough for panels in every layout; of the last two, the blocks of 16 are not full, and once odd in
+/// number.
 const SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 1),
     (1, 3, 2),
@@ -56,7 +56,7 @@ fn agrees(pool: &Pool, kernel: &'static dyn MatmulKernel, weights: &[u8], (rows,
     let mut out = vec![f32::NAN; tokens * rows];
     run_group(pool, &mut [Job { plan, weights, out: &mut out }], &acts);
     let want = reference::matmul(kernel.block(), weights, rows, &acts);
-    let in_tiles = kernel.uses_matrix_tiles() && tokens >= PANEL_MIN_TOKENS;
+    let in_tiles = kernel.uses_matrix_tiles() && acts.in_panels();
     let in_digits = in_tiles && kernel.activation().is_quantized();
     for (j, got) in out.iter().enumerate() {
         let (want, size, peak) = (want.products[j], want.sizes[j], want.peaks[j]);
@@ -169,11 +169,11 @@ fn activations_round_to_the_nearest() {
     let pool = Pool::new(1);
     for format in [ActivationFormat::Q8Per32, ActivationFormat::Q8Per256] {
         let cols = 800;
-        let x = tests::weights(3 * cols, 5, 50);
+        let x = tests::weights(2 * cols, 5, 50);
         let mut acts = Activations::new(format);
         acts.quantize(&pool, &x, cols);
         let run = if format == ActivationFormat::Q8Per32 { 32 } else { 256 };
-        for t in 0..3 {
+        for t in 0..2 {
             let y = acts.dequantized(t);
             let row = acts.row(t);
             for (i, (x, y)) in x[t * cols..(t + 1) * cols].iter().zip(&y).enumerate() {
@@ -185,16 +185,16 @@ fn activations_round_to_the_nearest() {
             assert!(row.q[cols..].iter().all(|&q| q == 0));
         }
         // Many tokens: where there are matrix tiles, with a second digit.
-        let scales: Vec<Vec<f32>> = (0..3).map(|t| acts.row(t).d.to_vec()).collect();
-        let many: Vec<f32> = x.iter().cycle().take(20 * x.len() / 3).copied().collect();
+        let scales: Vec<Vec<f32>> = (0..2).map(|t| acts.row(t).d.to_vec()).collect();
+        let many: Vec<f32> = x.iter().cycle().take(20 * x.len() / 2).copied().collect();
         acts.quantize(&pool, &many, cols);
         for t in 0..20 {
             let y = acts.dequantized(t);
-            for (i, (x, y)) in x[t % 3 * cols..].iter().zip(&y).enumerate() {
-                let slab = &scales[t % 3][i / 256 * (256 / run)..][..256 / run];
+            for (i, (x, y)) in x[t % 2 * cols..].iter().zip(&y).enumerate() {
+                let slab = &scales[t % 2][i / 256 * (256 / run)..][..256 / run];
                 let largest = slab.iter().fold(0.0f32, |m, d| m.max(*d));
                 let most = match (kernels::isa::has_matrix_tiles(), format) {
-                    (false, _) => scales[t % 3][i / run] / 2.0,
+                    (false, _) => scales[t % 2][i / run] / 2.0,
                     (true, ActivationFormat::Q8Per256) => largest / 64.0,
                     (true, _) => largest / 508.0,
                 };

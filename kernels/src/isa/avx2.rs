@@ -6,7 +6,7 @@
 //! `isa_token!`'s CPU check can create, so the intrinsics' features exist;
 //! loads read exactly the array they are given.
 
-use super::{Isa, Lanes, Op, TileShape, TokenInts, TokenQwords, Uses, dword, isa_token};
+use super::{FIFTH_BYTES, FIFTH_MASKS, Isa, Lanes, Op, TileShape, TokenInts, TokenQwords, Uses, dword, isa_token};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -276,14 +276,6 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
-        // SAFETY: 64 bytes of floats are 64 bytes.
-        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
-        // SAFETY: any dword is a float; the arrays have the same size and alignment.
-        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
-    }
-
-    #[inline(always)]
     fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
         let bits = bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b));
         let mut out = [0.0; 4];
@@ -382,37 +374,86 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     const TILE: TileShape = if VNNI { TileShape::OneBySix } else { TileShape::OneByThree };
 
     #[inline(always)]
-    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
-        let mut out = [[0u32; 16]; 16];
-        // Four squares of 8 × 8 dwords.
-        for (upper, right) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-            // SAFETY: AVX2, by the token; 32 readable bytes from 0 or 32 of 64,
-            // 32 writable from lane 0 or 8 of 16, by the types.
+    fn transpose(self, rows: [&[u8; 16]; 16]) -> [Pair; 4] {
+        // Rows i and 4 + i of each eight, so that squares of 4 × 4 dwords within halves are left to transpose.
+        let eight = each!(2, |half| {
+            // SAFETY: AVX2, by the token; 16 readable bytes each, by the types.
             unsafe {
-                let v: [__m256i; 8] = each!(8, |i| _mm256_loadu_si256(rows[8 * upper + i].as_ptr().add(32 * right).cast()));
-                let a: [__m256i; 8] = each!(8, |i| {
-                    let (x, y) = (v[i & !1], v[i | 1]);
-                    if i & 1 == 0 { _mm256_unpacklo_epi32(x, y) } else { _mm256_unpackhi_epi32(x, y) }
-                });
-                let b: [__m256i; 8] = each!(8, |i| {
-                    let base = i & !3;
-                    let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
-                    if i & 1 == 0 { _mm256_unpacklo_epi64(x, y) } else { _mm256_unpackhi_epi64(x, y) }
-                });
-                for c in 0..4 {
-                    let mut put = |j: usize, v: __m256i| _mm256_storeu_si256(out[8 * right + j].as_mut_ptr().add(8 * upper).cast(), v);
-                    put(c, _mm256_permute2x128_si256::<0x20>(b[c], b[4 + c]));
-                    put(4 + c, _mm256_permute2x128_si256::<0x31>(b[c], b[4 + c]));
-                }
+                let row = |r: usize| _mm_loadu_si128(rows[8 * half + r].as_ptr().cast());
+                let v: [__m256i; 4] = each!(4, |i| _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(i)), row(4 + i)));
+                let (a, b) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+                let (x, y) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+                [_mm256_unpacklo_epi64(a, x), _mm256_unpackhi_epi64(a, x), _mm256_unpacklo_epi64(b, y), _mm256_unpackhi_epi64(b, y)]
             }
-        }
-        out
+        });
+        each!(4, |j| [eight[0][j], eight[1][j]])
     }
 
     #[inline(always)]
     fn load_lanes(self, v: &Lanes) -> Pair {
         // SAFETY: AVX2, by the token; 64 readable bytes, by the type.
         unsafe { [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(8).cast())] }
+    }
+
+    #[inline(always)]
+    fn lanes(self, v: Pair) -> Lanes {
+        let mut out = [0; 16];
+        // SAFETY: AVX2, by the token; 64 writable bytes, by the type.
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), v[1]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, v: Pair) -> [Pair; 4] {
+        // SAFETY: AVX2, by the token.
+        unsafe {
+            [
+                both(v, |v| _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(v))),
+                both(v, |v| _mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(v))),
+                both(v, |v| _mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(v))),
+                both(v, |v| _mm256_srai_epi32::<24>(v)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn fifth_bits(self, lanes: Pair, step: usize) -> Pair {
+        // SAFETY: AVX2, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let places = _mm256_broadcastsi128_si256(_mm_loadu_si128(FIFTH_BYTES[step].as_ptr().cast()));
+            let bit = _mm256_set1_epi32(FIFTH_MASKS[step % 2] as i32);
+            both(lanes, |v| {
+                let set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(v, places), bit), bit);
+                _mm256_and_si256(set, _mm256_set1_epi8(16))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn half_pairs(self, v: Pair) -> [[__m256; 2]; 2] {
+        // SAFETY: F16C, by the token; words below 2^16 are packed as they are.
+        unsafe {
+            let float = |v: __m256i| {
+                let words = _mm256_permute4x64_epi64::<0x08>(_mm256_packus_epi32(v, v));
+                _mm256_cvtph_ps(_mm256_castsi256_si128(words))
+            };
+            let low = both(v, |v| _mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
+            let high = both(v, |v| _mm256_srli_epi32::<16>(v));
+            [[float(low[0]), float(low[1])], [float(high[0]), float(high[1])]]
+        }
+    }
+
+    #[inline(always)]
+    fn bfloat_pairs(self, v: Pair) -> [[__m256; 2]; 2] {
+        // SAFETY: AVX2, by the token.
+        unsafe {
+            let high = |v: __m256i| _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
+            let low = |v: __m256i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(v));
+            [[low(v[0]), low(v[1])], [high(v[0]), high(v[1])]]
+        }
     }
 
     #[inline(always)]
@@ -443,9 +484,18 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     }
 
     #[inline(always)]
-    fn panel_scale(self, scale: i32) -> u32 {
+    fn panel_scales(self, scales: Pair) -> Lanes {
         // Once for each of the two 16-bit sums of a lane; or for one sum, whose sign the high half is.
-        (scale as u32 & 0xffff) * if VNNI { 1 } else { 0x1_0001 }
+        // SAFETY: AVX2, by the token.
+        self.lanes(both(scales, |v| unsafe {
+            let low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+            if VNNI { low } else { _mm256_or_si256(low, _mm256_slli_epi32::<16>(v)) }
+        }))
+    }
+
+    #[inline(always)]
+    fn int_lanes(self, v: Pair) -> Lanes {
+        self.lanes(v)
     }
 
     #[inline(always)]
@@ -453,7 +503,7 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
         if NARROW {
             return self.dot_pairs(acc, p, scale);
         }
-        // SAFETY: AVX2, by the token. Sign-extends what `panel_scale` cut.
+        // SAFETY: AVX2, by the token. Sign-extends what `panel_scales` cut.
         self.mul_add_int(acc, p, both(scale, |s| unsafe { _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(s)) }))
     }
 

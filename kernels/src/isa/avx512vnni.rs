@@ -11,8 +11,8 @@ mod dpwssd;
 mod four_steps;
 
 use super::{
-    Bfloats, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums, TileShape, TokenQwords, Uses, amx,
-    isa_token,
+    Bfloats, FIFTH_BYTES, FIFTH_MASKS, FloatSums, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, MatrixDigits, MatrixSums, Op, Sums,
+    TileShape, TokenQwords, Uses, amx, isa_token,
 };
 use bfloat_dots::bfloat_dots;
 use dpwssd::dpwssd;
@@ -233,14 +233,6 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
-    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
-        // SAFETY: 64 bytes of floats are 64 bytes.
-        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
-        // SAFETY: any dword is a float; the arrays have the same size and alignment.
-        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
-    }
-
-    #[inline(always)]
     fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
         let (bits, mut out) = (bits.iter().rev().fold(0u64, |all, &b| all << 16 | u64::from(b)), [0.0; 4]);
         // SAFETY: F16C, by the token; 16 writable bytes, by the type.
@@ -416,34 +408,15 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
-    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
-        let v = each!(16, |r| self.load(rows[r]));
+    fn transpose(self, rows: [&[u8; 16]; 16]) -> [__m512i; 4] {
+        // Rows i, 4 + i, 8 + i and 12 + i, so that squares of 4 × 4 dwords within quarters are left to transpose. Putting a
+        // quarter in from memory needs no shuffle, which few ports can do.
+        let v = each!(4, |i| self.load_quarters([rows[i], rows[4 + i], rows[8 + i], rows[12 + i]]));
         // SAFETY: AVX-512F, by the token.
         unsafe {
-            // Pairs, then quads of rows within 128-bit lanes, then lanes of four, then of eight rows.
-            let a: [__m512i; 16] = each!(16, |i| {
-                let (x, y) = (v[i & !1], v[i | 1]);
-                if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
-            });
-            let b: [__m512i; 16] = each!(16, |i| {
-                let base = i & !3;
-                let (x, y) = (a[base + (i >> 1 & 1)], a[base + 2 + (i >> 1 & 1)]);
-                if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
-            });
-            // b[4q + c] holds, in lane l, dword 4l + c of rows 4q to 4q + 3.
-            let mut out = [[0u32; 16]; 16];
-            for c in 0..4 {
-                let low = _mm512_shuffle_i32x4::<0x88>(b[c], b[4 + c]);
-                let high = _mm512_shuffle_i32x4::<0xdd>(b[c], b[4 + c]);
-                let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + c], b[12 + c]);
-                let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + c], b[12 + c]);
-                let mut put = |j: usize, v: __m512i| _mm512_storeu_si512(out[j].as_mut_ptr().cast(), v);
-                put(c, _mm512_shuffle_i32x4::<0x88>(low, low2));
-                put(8 + c, _mm512_shuffle_i32x4::<0xdd>(low, low2));
-                put(4 + c, _mm512_shuffle_i32x4::<0x88>(high, high2));
-                put(12 + c, _mm512_shuffle_i32x4::<0xdd>(high, high2));
-            }
-            out
+            let (a, b) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+            let (x, y) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+            [_mm512_unpacklo_epi64(a, x), _mm512_unpackhi_epi64(a, x), _mm512_unpacklo_epi64(b, y), _mm512_unpackhi_epi64(b, y)]
         }
     }
 
@@ -451,6 +424,52 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     fn load_lanes(self, v: &Lanes) -> __m512i {
         // SAFETY: AVX-512F, by the token; 64 readable bytes, by the type.
         unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn lanes(self, v: __m512i) -> Lanes {
+        let mut out = [0; 16];
+        // SAFETY: AVX-512F, by the token; 64 writable bytes, by the type.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
+        out
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, v: __m512i) -> [__m512i; 4] {
+        // SAFETY: AVX-512F, by the token.
+        unsafe {
+            [
+                _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(v)),
+                _mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(v)),
+                _mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(v)),
+                _mm512_srai_epi32::<24>(v),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn fifth_bits(self, lanes: __m512i, step: usize) -> __m512i {
+        // SAFETY: AVX-512BW, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let places = _mm512_broadcast_i32x4(_mm_loadu_si128(FIFTH_BYTES[step].as_ptr().cast()));
+            let bit = _mm512_set1_epi32(FIFTH_MASKS[step % 2] as i32);
+            _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(_mm512_shuffle_epi8(lanes, places), bit), 16)
+        }
+    }
+
+    #[inline(always)]
+    fn half_pairs(self, v: __m512i) -> [__m512; 2] {
+        // SAFETY: AVX-512F, by the token.
+        unsafe { [_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(v)))] }
+    }
+
+    #[inline(always)]
+    fn bfloat_pairs(self, v: __m512i) -> [__m512; 2] {
+        // SAFETY: AVX-512F, by the token.
+        unsafe {
+            let high = _mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)), _mm512_castsi512_ps(high)]
+        }
     }
 
     #[inline(always)]
@@ -482,9 +501,15 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
     }
 
     #[inline(always)]
-    fn panel_scale(self, scale: i32) -> u32 {
+    fn panel_scales(self, scales: __m512i) -> Lanes {
         // The high half is 0, so that `dot_pairs` with it ignores a factor's sign half.
-        scale as u32 & 0xffff
+        // SAFETY: AVX-512F, by the token.
+        self.lanes(unsafe { _mm512_and_si512(scales, _mm512_set1_epi32(0xffff)) })
+    }
+
+    #[inline(always)]
+    fn int_lanes(self, v: __m512i) -> Lanes {
+        self.lanes(v)
     }
 
     #[inline(always)]
@@ -517,7 +542,7 @@ impl<const AMX: bool> Isa for Avx512<AMX> {
         if NARROW {
             return self.dot_pairs(acc, p, scale);
         }
-        // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scale` cut.
+        // SAFETY: AVX-512F, by the token. Sign-extends what `panel_scales` cut.
         self.mul_add_int(acc, p, unsafe { _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(scale)) })
     }
 

@@ -11,7 +11,9 @@ mod products;
 mod rows;
 mod tiles;
 
-use super::{ActivationRow, FloatScales, IntegerScales, Isa, Lanes, Op, QuantizedBlock, RowFormat, Sums, TileShape};
+use super::{
+    ActivationRow, FIFTH_BYTES, FIFTH_MASKS, FloatScales, IntegerScales, Isa, Lanes, Op, QuantizedBlock, RowFormat, Sums, TileShape,
+};
 use products::NeonRow;
 pub use products::{Dotprod, I8mm, Neon};
 use std::arch::aarch64::*;
@@ -422,43 +424,79 @@ impl<N: NeonRow> Isa for N {
         }
     }
 
-    #[inline(always)]
-    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
-        // SAFETY: 64 bytes of floats are 64 bytes.
-        let lanes = self.transpose(each!(16, |r| unsafe { &*rows[r].as_ptr().cast::<[u8; 64]>() }));
-        // SAFETY: any dword is a float; the arrays have the same size and alignment.
-        unsafe { std::mem::transmute::<[Lanes; 16], [[f32; 16]; 16]>(lanes) }
-    }
-
     const SIGNED_BIAS: i32 = 0;
     const TILE: TileShape = TileShape::OneBySix;
 
     #[inline(always)]
-    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
-        let mut out = [[0u32; 16]; 16];
+    fn transpose(self, rows: [&[u8; 16]; 16]) -> [Bytes; 4] {
         // Squares of 4 × 4 dwords.
-        for r in 0..4 {
-            for c in 0..4 {
-                // SAFETY: NEON, by the token; 16 readable bytes from 16·c of 64, 16 writable from lane 4·r of 16.
-                unsafe {
-                    let v: [int32x4_t; 4] = each!(4, |i| vreinterpretq_s32_u8(vld1q_u8(rows[4 * r + i].as_ptr().add(16 * c))));
-                    let wide = |x| vreinterpretq_s64_s32(x);
-                    let (a, b) = (wide(vtrn1q_s32(v[0], v[1])), wide(vtrn2q_s32(v[0], v[1])));
-                    let (x, y) = (wide(vtrn1q_s32(v[2], v[3])), wide(vtrn2q_s32(v[2], v[3])));
-                    let columns = [vtrn1q_s64(a, x), vtrn1q_s64(b, y), vtrn2q_s64(a, x), vtrn2q_s64(b, y)];
-                    for i in 0..4 {
-                        vst1q_u32(out[4 * c + i].as_mut_ptr().add(4 * r), vreinterpretq_u32_s64(columns[i]));
-                    }
-                }
-            }
-        }
-        out
+        // SAFETY: NEON, by the token; 16 readable bytes each, by the types.
+        let squares: [Bytes; 4] = each!(4, |r| unsafe {
+            let v: [int32x4_t; 4] = each!(4, |i| vreinterpretq_s32_u8(vld1q_u8(rows[4 * r + i].as_ptr())));
+            let wide = |x| vreinterpretq_s64_s32(x);
+            let (a, b) = (wide(vtrn1q_s32(v[0], v[1])), wide(vtrn2q_s32(v[0], v[1])));
+            let (x, y) = (wide(vtrn1q_s32(v[2], v[3])), wide(vtrn2q_s32(v[2], v[3])));
+            [vtrn1q_s64(a, x), vtrn1q_s64(b, y), vtrn2q_s64(a, x), vtrn2q_s64(b, y)].map(|v| vreinterpretq_s8_s64(v))
+        });
+        each!(4, |j| each!(4, |r| squares[r][j]))
     }
 
     #[inline(always)]
     fn load_lanes(self, v: &Lanes) -> Bytes {
         // SAFETY: NEON, by the token; 64 readable bytes, by the type.
         unsafe { each!(4, |i| vreinterpretq_s8_u32(vld1q_u32(v.as_ptr().add(4 * i)))) }
+    }
+
+    #[inline(always)]
+    fn lanes(self, v: Bytes) -> Lanes {
+        let mut out = [0; 16];
+        for i in 0..4 {
+            // SAFETY: NEON, by the token; 16 writable bytes from lane 4 · i of 16.
+            unsafe { vst1q_u32(out.as_mut_ptr().add(4 * i), vreinterpretq_u32_s8(v[i])) };
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, v: Bytes) -> [Int; 4] {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let v: Int = each!(4, |i| vreinterpretq_s32_s8(v[i]));
+            [
+                each!(4, |i| vshrq_n_s32::<24>(vshlq_n_s32::<24>(v[i]))),
+                each!(4, |i| vshrq_n_s32::<24>(vshlq_n_s32::<16>(v[i]))),
+                each!(4, |i| vshrq_n_s32::<24>(vshlq_n_s32::<8>(v[i]))),
+                each!(4, |i| vshrq_n_s32::<24>(v[i])),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn fifth_bits(self, lanes: Bytes, step: usize) -> Bytes {
+        // SAFETY: NEON, by the token; 16 readable bytes, by the type.
+        unsafe {
+            let (places, bit) = (vld1q_u8(FIFTH_BYTES[step].as_ptr()), vreinterpretq_u8_u32(vdupq_n_u32(FIFTH_MASKS[step % 2])));
+            on_u8!(lanes, |x| vandq_u8(vtstq_u8(vqtbl1q_u8(x, places), bit), vdupq_n_u8(16)))
+        }
+    }
+
+    #[inline(always)]
+    fn half_pairs(self, v: Bytes) -> [[float32x4_t; 4]; 2] {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let v: [uint32x4_t; 4] = each!(4, |i| vreinterpretq_u32_s8(v[i]));
+            [each!(4, |i| widen_half(vmovn_u32(v[i]))), each!(4, |i| widen_half(vshrn_n_u32::<16>(v[i])))]
+        }
+    }
+
+    #[inline(always)]
+    fn bfloat_pairs(self, v: Bytes) -> [[float32x4_t; 4]; 2] {
+        // SAFETY: NEON, by the token.
+        unsafe {
+            let v: [uint32x4_t; 4] = each!(4, |i| vreinterpretq_u32_s8(v[i]));
+            let high = each!(4, |i| vreinterpretq_f32_u32(vandq_u32(v[i], vdupq_n_u32(0xffff_0000))));
+            [each!(4, |i| vreinterpretq_f32_u32(vshlq_n_u32::<16>(v[i]))), high]
+        }
     }
 
     #[inline(always)]
@@ -501,8 +539,14 @@ impl<N: NeonRow> Isa for N {
     }
 
     #[inline(always)]
-    fn panel_scale(self, scale: i32) -> u32 {
-        scale as u32
+    fn panel_scales(self, scales: Int) -> Lanes {
+        self.int_lanes(scales)
+    }
+
+    #[inline(always)]
+    fn int_lanes(self, v: Int) -> Lanes {
+        // SAFETY: NEON, by the token.
+        self.lanes(unsafe { each!(4, |i| vreinterpretq_s8_s32(v[i])) })
     }
 
     const OWN_TILES: bool = true;

@@ -162,11 +162,6 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn transpose_floats(self, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
-        std::array::from_fn(|j| std::array::from_fn(|r| rows[r][j]))
-    }
-
-    #[inline(always)]
     fn f16_4(self, bits: [u16; 4]) -> [f32; 4] {
         bits.map(|b| self.f16(b))
     }
@@ -223,13 +218,41 @@ impl Isa for Scalar {
     const TILE: TileShape = TileShape::OneByThree;
 
     #[inline(always)]
-    fn transpose(self, rows: [&[u8; 64]; 16]) -> [Lanes; 16] {
-        std::array::from_fn(|j| std::array::from_fn(|r| u32::from_le_bytes(*rows[r].as_chunks::<4>().0.get(j).unwrap_or(&[0; 4]))))
+    fn transpose(self, rows: [&[u8; 16]; 16]) -> [[u8; 64]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|i| rows[i / 4][4 * j + i % 4]))
     }
 
     #[inline(always)]
     fn load_lanes(self, v: &Lanes) -> [u8; 64] {
         std::array::from_fn(|i| (v[i / 4] >> (8 * (i % 4))) as u8)
+    }
+
+    #[inline(always)]
+    fn lanes(self, v: [u8; 64]) -> Lanes {
+        std::array::from_fn(|r| u32::from_le_bytes(std::array::from_fn(|i| v[4 * r + i])))
+    }
+
+    #[inline(always)]
+    fn widen_bytes(self, v: [u8; 64]) -> [[i32; 16]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|r| i32::from(v[4 * r + j] as i8)))
+    }
+
+    #[inline(always)]
+    fn fifth_bits(self, lanes: [u8; 64], step: usize) -> [u8; 64] {
+        let lanes = self.lanes(lanes);
+        std::array::from_fn(|i| ((lanes[i / 4] >> (4 * step + i % 4) & 1) as u8) << 4)
+    }
+
+    #[inline(always)]
+    fn half_pairs(self, v: [u8; 64]) -> [[f32; 16]; 2] {
+        let v = self.lanes(v);
+        [v.map(|v| self.f16(v as u16)), v.map(|v| self.f16((v >> 16) as u16))]
+    }
+
+    #[inline(always)]
+    fn bfloat_pairs(self, v: [u8; 64]) -> [[f32; 16]; 2] {
+        let v = self.lanes(v);
+        [v.map(|v| f32::from_bits(v << 16)), v.map(|v| f32::from_bits(v & 0xffff_0000))]
     }
 
     #[inline(always)]
@@ -254,8 +277,13 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn panel_scale(self, scale: i32) -> u32 {
-        scale as u32
+    fn panel_scales(self, scales: [i32; 16]) -> Lanes {
+        self.int_lanes(scales)
+    }
+
+    #[inline(always)]
+    fn int_lanes(self, v: [i32; 16]) -> Lanes {
+        v.map(|x| x as u32)
     }
 
     #[inline(always)]

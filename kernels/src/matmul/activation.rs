@@ -83,6 +83,16 @@ impl ActivationFormat {
         matches!(self, ActivationFormat::Q8Per32 | ActivationFormat::Q8Per256)
     }
 
+    /// From so many tokens on, unpacking weights into panels pays (measured: see ARCHITECTURE.md).
+    fn panels_from(self, layout: Layout) -> usize {
+        match (layout, self.is_quantized()) {
+            (Layout::Tiles, _) => SURELY_IN_PANELS,
+            (_, true) if cfg!(target_arch = "aarch64") => 4,
+            (_, true) => 3,
+            (_, false) => 6,
+        }
+    }
+
     /// Tokens of a block in panels.
     fn tokens_a_block(self, layout: Layout) -> usize {
         match (layout, self.is_quantized()) {
@@ -93,8 +103,8 @@ impl ActivationFormat {
     }
 }
 
-/// From so many tokens on, unpacking weights into panels pays (measured: see ARCHITECTURE.md).
-pub const PANEL_MIN_TOKENS: usize = 8;
+/// So many tokens lie in panels, whatever the format and the layout.
+pub const SURELY_IN_PANELS: usize = 8;
 
 /// Tokens that are whole groups in every layout.
 pub(super) const TOKENS_STEP: usize = 96;
@@ -178,7 +188,12 @@ impl Activations {
 
     /// True if the batch is in panels, and not in rows.
     pub fn in_panels(&self) -> bool {
-        self.n_tokens >= PANEL_MIN_TOKENS
+        self.puts_in_panels(self.n_tokens)
+    }
+
+    /// Whether `n_tokens` would be.
+    pub fn puts_in_panels(&self, n_tokens: usize) -> bool {
+        n_tokens >= self.format.panels_from(self.layout)
     }
 
     pub(super) fn layout(&self) -> Layout {

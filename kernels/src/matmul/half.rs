@@ -2,8 +2,8 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::panel::{Halves, LANES, PanelWeights, sized, transposed};
-use crate::isa::{Isa, Lanes, each};
+use super::panel::{Halves, LANES, PanelWeights, dwords, sized};
+use crate::isa::{Isa, each};
 use gguf::blocks::{self, Codec};
 
 /// A format of two bytes.
@@ -15,7 +15,7 @@ pub trait HalfFormat: Send + Sync + 'static {
 
     fn floats<I: Isa>(isa: I, bits: &[u16; 16]) -> I::Float;
     /// The values in the low and in the high halves of 16 dwords.
-    fn pair<I: Isa>(isa: I, dwords: &Lanes) -> [[f32; LANES]; 2];
+    fn pair<I: Isa>(isa: I, dwords: I::Bytes) -> [I::Float; 2];
 }
 
 pub struct F16;
@@ -31,11 +31,8 @@ impl HalfFormat for F16 {
     }
 
     #[inline(always)]
-    fn pair<I: Isa>(isa: I, dwords: &Lanes) -> [[f32; LANES]; 2] {
-        let mut out = [[0.0; LANES]; 2];
-        isa.store_float(isa.load_half(&each!(LANES, |r| dwords[r] as u16)), &mut out[0]);
-        isa.store_float(isa.load_half(&each!(LANES, |r| (dwords[r] >> 16) as u16)), &mut out[1]);
-        out
+    fn pair<I: Isa>(isa: I, dwords: I::Bytes) -> [I::Float; 2] {
+        isa.half_pairs(dwords)
     }
 }
 
@@ -52,8 +49,8 @@ impl HalfFormat for Bf16 {
     }
 
     #[inline(always)]
-    fn pair<I: Isa>(_: I, dwords: &Lanes) -> [[f32; LANES]; 2] {
-        [each!(LANES, |r| f32::from_bits(dwords[r] << 16)), each!(LANES, |r| f32::from_bits(dwords[r] & 0xffff_0000))]
+    fn pair<I: Isa>(isa: I, dwords: I::Bytes) -> [I::Float; 2] {
+        isa.bfloat_pairs(dwords)
     }
 }
 
@@ -118,8 +115,9 @@ impl<F: HalfFormat> PanelWeights for Dot<F> {
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut Halves<F>) {
         let rows = &sized::<512>(rows);
-        for (i, out) in p.pairs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            *out = transposed(isa, rows, 64 * i);
+        for (i, out) in p.pairs.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let pairs = dwords(isa, rows, 16 * i);
+            *out = each!(4, |j| isa.lanes(pairs[j]));
         }
     }
 }

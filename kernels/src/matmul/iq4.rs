@@ -3,7 +3,7 @@
 
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
-use super::legacy::{as_nibbles, last_blocks, start, unpack_nibbles};
+use super::legacy::{as_nibbles, last_blocks, start};
 use super::panel::{self, FloatScales, IntegerScales, LANES, PanelWeights};
 use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
 use gguf::blocks;
@@ -94,10 +94,16 @@ impl WeightDot for XsDot {
     }
 }
 
-/// Four nibbles (a byte each) to the values they stand for, as panels hold signed weights.
+/// What eight blocks of 32 nibbles of each row stand for, `bytes` apart from `at` on, as panels hold signed weights.
 #[inline(always)]
-fn values<I: Isa>(nibbles: Lanes) -> Lanes {
-    nibbles.map(|n| u32::from_le_bytes(n.to_le_bytes().map(|i| (i32::from(VALUES[usize::from(i & 15)]) + I::SIGNED_BIAS) as u8)))
+fn unpack_values<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], bytes: usize, at: usize, q: &mut [Lanes; panel::STEPS]) {
+    let table = table::<I>();
+    for (b, q) in q.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        for (j, raw) in panel::dwords(isa, rows, b * bytes + at).into_iter().enumerate() {
+            q[j] = isa.lanes(isa.lookup(&table, isa.low_nibbles(raw)));
+            q[4 + j] = isa.lanes(isa.lookup(&table, isa.high_nibbles(raw)));
+        }
+    }
 }
 
 impl PanelWeights for NlDot {
@@ -111,8 +117,7 @@ impl PanelWeights for NlDot {
         for b in 0..8 {
             p.d[b] = panel::halves(isa, rows, 18 * b);
         }
-        unpack_nibbles(isa, rows, std::array::from_fn(|b| 18 * b + 2), &mut p.q);
-        p.q.iter_mut().for_each(|q| *q = values::<I>(*q));
+        unpack_values(isa, rows, 18, 2, &mut p.q);
     }
 }
 
@@ -125,11 +130,19 @@ impl PanelWeights for XsDot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<136>(rows);
         p.d = panel::halves(isa, rows, 0);
-        let (low, high) = (panel::words(rows, 4), panel::words(rows, 0));
+        // Nibbles of eight scales in one dword; their top bits, two bytes, above d in another.
+        let (low, high) = (isa.load_lanes(&panel::words(rows, 4)), isa.load_lanes(&panel::words(rows, 0)));
+        let (even, odd) = (isa.widen_bytes(isa.low_nibbles(low)), isa.widen_bytes(isa.high_nibbles(low)));
+        let top: [[I::Int; 4]; 4] = [
+            isa.widen_bytes(isa.bits::<0, 3, 4>(high)),
+            isa.widen_bytes(isa.bits::<2, 3, 4>(high)),
+            isa.widen_bytes(isa.bits::<4, 3, 4>(high)),
+            isa.widen_bytes(isa.bits::<6, 3, 4>(high)),
+        ];
         for s in 0..8 {
-            p.scales[s] = each!(LANES, |r| ((low[r] >> (4 * s) & 15) | (high[r] >> (16 + 2 * s) & 3) << 4).wrapping_sub(32));
+            let low = if s % 2 == 0 { even[s / 2] } else { odd[s / 2] };
+            p.scales[s] = isa.int_lanes(isa.sub_int(low, isa.sub_int(isa.splat_int(32), top[s % 4][2 + s / 4])));
         }
-        unpack_nibbles(isa, rows, std::array::from_fn(|b| 8 + 16 * b), &mut p.q);
-        p.q.iter_mut().for_each(|q| *q = values::<I>(*q));
+        unpack_values(isa, rows, 16, 8, &mut p.q);
     }
 }

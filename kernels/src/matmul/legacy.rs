@@ -13,7 +13,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, FloatScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
+use crate::isa::{Isa, RowFormat, each, each_row};
 use gguf::blocks::{self, Codec};
 
 /// What distinguishes a legacy type.
@@ -187,25 +187,6 @@ fn dot_of<I: Isa, U: Unpack, const R: usize, const BYTES: usize>(isa: I, rows: [
     each!(R, |r| isa.row_sum(acc[r]) + mins[r].iter().sum::<f32>())
 }
 
-/// Eight blocks of 32 nibbles of each row: value j and, in the high nibble, j + 16.
-#[inline(always)]
-pub fn unpack_nibbles<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: [usize; 8], q: &mut [Lanes; panel::STEPS]) {
-    for four in 0..2 {
-        let mut raw = [[0u8; 64]; LANES];
-        for k in 0..4 {
-            let quants: [&[u8; 16]; LANES] = each!(LANES, |r| array(rows[r], at[4 * four + k]));
-            for (raw, quants) in raw.iter_mut().zip(quants) {
-                raw[16 * k..16 * k + 16].copy_from_slice(quants);
-            }
-        }
-        for (j, raw) in isa.transpose(raw.each_ref()).iter().enumerate() {
-            let step = 32 * four + 8 * (j / 4) + j % 4;
-            q[step] = panel::fields(raw, 0, 15);
-            q[step + 4] = panel::fields(raw, 4, 15);
-        }
-    }
-}
-
 /// `N`: eight blocks.
 #[inline(always)]
 fn unpack<I: Isa, U: Unpack, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p: &mut FloatScales) {
@@ -216,31 +197,23 @@ fn unpack<I: Isa, U: Unpack, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p
             p.m[b] = panel::halves(isa, rows, b * bytes + at);
         }
     }
-    if U::SIGNED {
-        // A byte each: two blocks at a time.
-        for two in 0..4 {
-            let mut raw = [[0u8; 64]; LANES];
-            for half in 0..2 {
-                let quants: [&[u8; 32]; LANES] = each!(LANES, |r| array(rows[r], (2 * two + half) * bytes + U::QUANTS));
-                for (raw, quants) in raw.iter_mut().zip(quants) {
-                    raw[32 * half..32 * half + 32].copy_from_slice(quants);
-                }
+    for (b, q) in p.q.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let quants = b * bytes + U::QUANTS;
+        if U::SIGNED {
+            for (q, raw) in q.iter_mut().zip(panel::eight_dwords(isa, rows, quants)) {
+                *q = isa.lanes(isa.to_biased(raw));
             }
-            for (j, raw) in isa.transpose(raw.each_ref()).iter().enumerate() {
-                p.q[16 * two + j] = each!(LANES, |r| raw[r] ^ (I::SIGNED_BIAS as u32 * 0x0101_0101));
-            }
+            continue;
         }
-        return;
-    }
-    unpack_nibbles(isa, rows, std::array::from_fn(|b| b * bytes + U::QUANTS), &mut p.q);
-    if let Some(at) = U::FIFTH {
-        for b in 0..8 {
-            let bits = panel::words(rows, b * bytes + at);
-            for step in 0..8 {
-                // Four bits to the fifth bits of four bytes: copies at distance 7, of which one bit each is kept.
-                let q = &mut p.q[8 * b + step];
-                *q = each!(LANES, |r| q[r] | ((bits[r] >> (4 * step) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101) << 4);
+        // Value j and, in the high nibble, j + 16.
+        let raw = panel::dwords(isa, rows, quants);
+        let fifth = U::FIFTH.map(|at| isa.load_lanes(&panel::words(rows, b * bytes + at)));
+        for j in 0..4 {
+            let (mut low, mut high) = (isa.low_nibbles(raw[j]), isa.high_nibbles(raw[j]));
+            if let Some(fifth) = fifth {
+                (low, high) = (isa.or(low, isa.fifth_bits(fifth, j)), isa.or(high, isa.fifth_bits(fifth, 4 + j)));
             }
+            (q[j], q[4 + j]) = (isa.lanes(low), isa.lanes(high));
         }
     }
 }

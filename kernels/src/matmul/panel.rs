@@ -238,8 +238,10 @@ fn unpack<I: Isa, W: PanelWeights>(
 /// it hides: the next group's activations and sums from L2, and in the last
 /// slab where this group's sums will go.
 pub struct Upcoming {
-    x: Lines,
-    c: Lines,
+    x: *const u8,
+    c: *const u8,
+    /// Bytes of both that were asked for.
+    asked: usize,
     out: Lines,
 }
 
@@ -278,17 +280,22 @@ impl Upcoming {
     /// What follows `x` and `c` in their arrays; `runs` of R vectors from `out` on, `stride` bytes apart.
     fn after<T>(x: &T, c: &[Sums], out: *const u8, runs: usize, stride: usize) -> Self {
         Upcoming {
-            x: Lines::new((&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()), 1, size_of::<T>().div_ceil(64), 0),
-            c: Lines::new(c.as_ptr_range().end.cast(), 1, c.len(), 0),
+            x: (&raw const *x).cast::<u8>().wrapping_add(size_of::<T>()),
+            c: c.as_ptr_range().end.cast(),
+            asked: 0,
             out: Lines::new(out, runs, c.len() / GROUP, stride),
         }
     }
 
-    /// To be called 16 times a group, or more.
+    /// To be called 16 times a group, or more. Nothing is checked: instructions that are no products take their ports, and
+    /// what lies behind the next group is the one after it.
     #[inline(always)]
     pub fn prefetch<I: Isa>(&mut self, isa: I) {
-        self.x.prefetch_two(isa);
-        self.c.prefetch_two(isa);
+        for line in [0, 64] {
+            isa.prefetch(self.x.wrapping_add(self.asked + line));
+            isa.prefetch(self.c.wrapping_add(self.asked + line));
+        }
+        self.asked += 128;
         self.out.prefetch_two(isa);
     }
 }
@@ -316,23 +323,38 @@ pub fn halves<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usiz
     out
 }
 
-/// 64 bytes from `at` on of each row, transposed.
+/// Four dwords from `at` on of each row, a lane a row.
 #[inline(always)]
-pub fn transposed<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usize) -> [Lanes; LANES] {
+pub fn dwords<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usize) -> [I::Bytes; 4] {
     isa.transpose(each!(LANES, |r| rows[r][at..].first_chunk().expect("within the slab")))
 }
 
-/// Byte `i` of each dword.
+/// Eight of them.
 #[inline(always)]
-pub fn byte(words: &Lanes, i: u32) -> Lanes {
-    each!(LANES, |r| words[r] >> (8 * i) & 0xff)
+pub fn eight_dwords<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at: usize) -> [I::Bytes; 8] {
+    let [a, b] = each!(2, |half| dwords(isa, rows, at + 16 * half));
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
 }
 
-/// `(w >> shift) & mask` in each byte of each dword; foreign bits are masked off.
+/// Scales and mins of `bytes`, a sub-block's in each byte of a dword, as panels hold them.
 #[inline(always)]
-pub fn fields(words: &Lanes, shift: u32, mask: u8) -> Lanes {
-    let mask = u32::from(mask) * 0x0101_0101;
-    each!(LANES, |r| words[r] >> shift & mask)
+pub fn put_scales<I: Isa>(isa: I, bytes: I::Bytes, out: &mut [Lanes; 4]) {
+    let scales = isa.widen_bytes(bytes);
+    *out = each!(4, |i| isa.panel_scales(scales[i]));
+}
+
+#[inline(always)]
+pub fn put_mins<I: Isa>(isa: I, bytes: I::Bytes, out: &mut [Lanes; 2]) {
+    let mins = isa.widen_bytes(bytes);
+    *out = each!(2, |i| isa.int_lanes(isa.mul_add_int(mins[2 * i], mins[2 * i + 1], isa.splat_int(1 << 16))));
+}
+
+/// As an array.
+#[inline(always)]
+pub fn floats<I: Isa>(isa: I, v: I::Float) -> [f32; LANES] {
+    let mut out = [0.0; LANES];
+    isa.store_float(v, &mut out);
+    out
 }
 
 /// What sums of signed weights begin with: −bias·Σx.

@@ -61,24 +61,20 @@ impl PanelWeights for Dot {
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<84>(rows);
-        p.d = panel::halves(isa, rows, 80);
-        let dmin = panel::halves(isa, rows, 82);
-        p.dmin = each!(LANES, |r| -dmin[r]);
-        for word in 0..4 {
-            let both = panel::words(rows, 4 * word);
-            let (scales, mins) = (panel::fields(&both, 0, 15), panel::fields(&both, 4, 15));
-            for i in 0..4 {
-                let scale = panel::byte(&scales, i);
-                p.scales[4 * word + i as usize] = each!(LANES, |r| isa.panel_scale(scale[r] as i32));
-            }
-            for i in 0..2 {
-                let (even, odd) = (panel::byte(&mins, 2 * i), panel::byte(&mins, 2 * i + 1));
-                p.min_pairs[2 * word + i as usize] = each!(LANES, |r| even[r] | odd[r] << 16);
-            }
+        let [d, dmin] = isa.half_pairs(isa.load_lanes(&panel::words(rows, 80)));
+        p.d = panel::floats(isa, d);
+        p.dmin = panel::floats(isa, isa.mul(dmin, isa.splat(-1.0)));
+        let places = p.scales.as_chunks_mut().0.iter_mut().zip(p.min_pairs.as_chunks_mut().0);
+        for (both, (scales, mins)) in panel::dwords(isa, rows, 0).into_iter().zip(places) {
+            panel::put_scales(isa, isa.low_nibbles(both), scales);
+            panel::put_mins(isa, isa.high_nibbles(both), mins);
         }
-        for (j, raw) in panel::transposed(isa, rows, 16).iter().enumerate() {
-            for quarter in 0..4 {
-                p.q[32 * (j / 8) + 8 * quarter + j % 8] = panel::fields(raw, 2 * quarter as u32, 3);
+        for (half, q) in p.q.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (j, raw) in panel::eight_dwords(isa, rows, 16 + 32 * half).into_iter().enumerate() {
+                q[j] = isa.lanes(isa.bits::<0, 3, 0>(raw));
+                q[8 + j] = isa.lanes(isa.bits::<2, 3, 0>(raw));
+                q[16 + j] = isa.lanes(isa.bits::<4, 3, 0>(raw));
+                q[24 + j] = isa.lanes(isa.bits::<6, 3, 0>(raw));
             }
         }
     }

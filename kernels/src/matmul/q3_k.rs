@@ -77,19 +77,36 @@ impl PanelWeights for Dot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<110>(rows);
         p.d = panel::halves(isa, rows, 108);
-        let (low, high) = ([panel::words(rows, 96), panel::words(rows, 100)], panel::words(rows, 104));
-        for sub in 0..16 {
-            let nibble = panel::byte(&panel::fields(&low[sub / 4 % 2], 4 * (sub / 8) as u32, 15), sub as u32 % 4);
-            let top = panel::byte(&panel::fields(&high, 2 * (sub / 4) as u32, 3), sub as u32 % 4);
-            p.scales[sub] = each!(LANES, |r| isa.panel_scale((nibble[r] | top[r] << 4) as i32 - 32));
+        let words = |at: usize| isa.load_lanes(&panel::words(rows, at));
+        let (a, b, high) = (words(96), words(100), words(104));
+        let scales = [
+            isa.or(isa.low_nibbles(a), isa.bits::<0, 3, 4>(high)),
+            isa.or(isa.low_nibbles(b), isa.bits::<2, 3, 4>(high)),
+            isa.or(isa.high_nibbles(a), isa.bits::<4, 3, 4>(high)),
+            isa.or(isa.high_nibbles(b), isa.bits::<6, 3, 4>(high)),
+        ];
+        for (out, scales) in p.scales.as_chunks_mut::<4>().0.iter_mut().zip(scales) {
+            let scales = isa.widen_bytes(scales);
+            *out = each!(4, |i| isa.panel_scales(isa.sub_int(scales[i], isa.splat_int(32))));
         }
-        let hmask = panel::transposed(isa, rows, 0);
-        for (j, raw) in panel::transposed(isa, rows, 32).iter().enumerate() {
-            for quarter in 0..4 {
-                let two = panel::fields(raw, 2 * quarter as u32, 3);
-                let top: Lanes = panel::fields(&hmask[j % 8], (4 * (j / 8) + quarter) as u32, 1);
-                p.q[32 * (j / 8) + 8 * quarter + j % 8] = each!(LANES, |r| two[r] | top[r] << 2);
-            }
-        }
+        let top = panel::eight_dwords(isa, rows, 0);
+        let q = p.q.as_chunks_mut().0;
+        let [first, last] = each!(2, |half| panel::eight_dwords(isa, rows, 32 + 32 * half));
+        unpack_quarter::<I, 0, 0>(isa, &first, &top, &mut q[0]);
+        unpack_quarter::<I, 2, 1>(isa, &first, &top, &mut q[1]);
+        unpack_quarter::<I, 4, 2>(isa, &first, &top, &mut q[2]);
+        unpack_quarter::<I, 6, 3>(isa, &first, &top, &mut q[3]);
+        unpack_quarter::<I, 0, 4>(isa, &last, &top, &mut q[4]);
+        unpack_quarter::<I, 2, 5>(isa, &last, &top, &mut q[5]);
+        unpack_quarter::<I, 4, 6>(isa, &last, &top, &mut q[6]);
+        unpack_quarter::<I, 6, 7>(isa, &last, &top, &mut q[7]);
+    }
+}
+
+/// 32 columns: two bits of `raw` from TWO on and, above them, bit TOP of `top`.
+#[inline(always)]
+fn unpack_quarter<I: Isa, const TWO: u32, const TOP: u32>(isa: I, raw: &[I::Bytes; 8], top: &[I::Bytes; 8], q: &mut [Lanes; 8]) {
+    for j in 0..8 {
+        q[j] = isa.lanes(isa.or(isa.bits::<TWO, 3, 0>(raw[j]), isa.bits::<TOP, 1, 2>(top[j])));
     }
 }

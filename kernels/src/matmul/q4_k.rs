@@ -11,7 +11,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
+use crate::isa::{Isa, RowFormat, each, each_row};
 use gguf::blocks;
 
 pub struct Dot;
@@ -86,25 +86,17 @@ impl WeightDot for Dot {
 /// Scales, mins, d and dmin of 16 rows, which Q4_K and Q5_K have in the same 16 bytes.
 #[inline(always)]
 pub fn unpack_scales<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p: &mut IntegerScales) {
-    p.d = panel::halves(isa, rows, 0);
-    let dmin = panel::halves(isa, rows, 2);
-    p.dmin = each!(LANES, |r| -dmin[r]);
-    let (a, b, c) = (panel::words(rows, 4), panel::words(rows, 8), panel::words(rows, 12));
-    let low = |x: &Lanes| panel::fields(x, 0, 63);
-    let high = |nibbles: Lanes, x: &Lanes| -> Lanes {
-        let top = panel::fields(x, 6, 3);
-        each!(LANES, |r| nibbles[r] | top[r] << 4)
-    };
-    let scales = [low(&a), high(panel::fields(&c, 0, 15), &a)];
-    let mins = [low(&b), high(panel::fields(&c, 4, 15), &b)];
-    for s in 0..8 {
-        let scale = panel::byte(&scales[s / 4], s as u32 % 4);
-        p.scales[s] = each!(LANES, |r| isa.panel_scale(scale[r] as i32));
+    let [floats, a, b, c] = panel::dwords(isa, rows, 0);
+    let [d, dmin] = isa.half_pairs(floats);
+    p.d = panel::floats(isa, d);
+    p.dmin = panel::floats(isa, isa.mul(dmin, isa.splat(-1.0)));
+    let scales = [isa.bits::<0, 63, 0>(a), isa.or(isa.low_nibbles(c), isa.bits::<6, 3, 4>(a))];
+    let mins = [isa.bits::<0, 63, 0>(b), isa.or(isa.high_nibbles(c), isa.bits::<6, 3, 4>(b))];
+    for (out, scales) in p.scales.as_chunks_mut().0.iter_mut().zip(scales) {
+        panel::put_scales(isa, scales, out);
     }
-    for pair in 0..4 {
-        let at = 2 * (pair as u32 % 2);
-        let (even, odd) = (panel::byte(&mins[pair / 2], at), panel::byte(&mins[pair / 2], at + 1));
-        p.min_pairs[pair] = each!(LANES, |r| even[r] | odd[r] << 16);
+    for (out, mins) in p.min_pairs.as_chunks_mut().0.iter_mut().zip(mins) {
+        panel::put_mins(isa, mins, out);
     }
 }
 
@@ -119,13 +111,11 @@ impl PanelWeights for Dot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<144>(rows);
         unpack_scales(isa, rows, p);
-        for n in 0..2 {
-            let raw = panel::transposed(isa, rows, 16 + 64 * n);
-            for (j, raw) in raw.iter().enumerate() {
-                // Dword j % 8 of sub-block 4n + 2(j / 8), and of the next in its high nibbles.
-                let step = 32 * n + 16 * (j / 8) + j % 8;
-                p.q[step] = panel::fields(raw, 0, 15);
-                p.q[step + 8] = panel::fields(raw, 4, 15);
+        for (two, q) in p.q.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            // Eight dwords of a sub-block, and of the next in their high nibbles.
+            for (j, raw) in panel::eight_dwords(isa, rows, 16 + 32 * two).into_iter().enumerate() {
+                q[j] = isa.lanes(isa.low_nibbles(raw));
+                q[8 + j] = isa.lanes(isa.high_nibbles(raw));
             }
         }
     }

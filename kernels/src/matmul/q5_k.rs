@@ -4,7 +4,7 @@ use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
 use super::q4_k::{dot, unpack_scales};
-use crate::isa::{Isa, Lanes, RowFormat, each};
+use crate::isa::{Isa, Lanes, RowFormat};
 use gguf::blocks;
 
 pub struct Dot;
@@ -32,20 +32,20 @@ impl PanelWeights for Dot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<176>(rows);
         unpack_scales(isa, rows, p);
-        // Dwords 4 to 11 hold the fifth bits.
-        let high = panel::transposed(isa, rows, 0);
-        for n in 0..2 {
-            let raw = panel::transposed(isa, rows, 48 + 64 * n);
-            for (j, raw) in raw.iter().enumerate() {
-                let sub = 4 * n + 2 * (j / 8);
-                let high = &high[4 + j % 8];
-                let with_fifth = |nibbles: Lanes, sub: usize| -> Lanes {
-                    let bits = panel::fields(high, sub as u32, 1);
-                    each!(LANES, |r| nibbles[r] | bits[r] << 4)
-                };
-                p.q[8 * sub + j % 8] = with_fifth(panel::fields(raw, 0, 15), sub);
-                p.q[8 * sub + 8 + j % 8] = with_fifth(panel::fields(raw, 4, 15), sub + 1);
-            }
-        }
+        let fifth = panel::eight_dwords(isa, rows, 16);
+        let q = p.q.as_chunks_mut().0;
+        unpack_two::<I, 0, 1>(isa, panel::eight_dwords(isa, rows, 48), &fifth, &mut q[0]);
+        unpack_two::<I, 2, 3>(isa, panel::eight_dwords(isa, rows, 80), &fifth, &mut q[1]);
+        unpack_two::<I, 4, 5>(isa, panel::eight_dwords(isa, rows, 112), &fifth, &mut q[2]);
+        unpack_two::<I, 6, 7>(isa, panel::eight_dwords(isa, rows, 144), &fifth, &mut q[3]);
+    }
+}
+
+/// Sub-blocks A and, in the high nibbles, B, whose fifth bits are those bits of the bytes of `fifth`.
+#[inline(always)]
+fn unpack_two<I: Isa, const A: u32, const B: u32>(isa: I, raw: [I::Bytes; 8], fifth: &[I::Bytes; 8], q: &mut [Lanes; 16]) {
+    for j in 0..8 {
+        q[j] = isa.lanes(isa.or(isa.low_nibbles(raw[j]), isa.bits::<A, 1, 4>(fifth[j])));
+        q[8 + j] = isa.lanes(isa.or(isa.high_nibbles(raw[j]), isa.bits::<B, 1, 4>(fifth[j])));
     }
 }

@@ -62,27 +62,31 @@ impl PanelWeights for Dot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<210>(rows);
         p.d = panel::halves(isa, rows, 208);
-        for i in 0..4 {
-            let scales = panel::words(rows, 192 + 4 * i);
-            for j in 0..4 {
-                p.scales[4 * i + j] = each!(LANES, |r| isa.panel_scale(i32::from((scales[r] >> (8 * j)) as i8)));
-            }
+        let scales = panel::dwords(isa, rows, 192);
+        for (out, scales) in p.scales.as_chunks_mut().0.iter_mut().zip(scales) {
+            panel::put_scales(isa, scales, out);
         }
-        let high = panel::transposed(isa, rows, 128);
-        for half in 0..2 {
-            let low = panel::transposed(isa, rows, 64 * half);
-            for (j, low) in low.iter().enumerate() {
-                // Dword j % 8 of the half's 32 columns j / 8, and of those 64 columns on in the high nibbles.
-                let high = &high[8 * half + j % 8];
-                let quarter = j / 8;
-                let with_top = |nibbles: Lanes, quarter: usize| -> Lanes {
-                    let bits = panel::fields(high, 2 * quarter as u32, 3);
-                    each!(LANES, |r| nibbles[r] | bits[r] << 4)
-                };
-                let step = 32 * half + 8 * quarter + j % 8;
-                p.q[step] = with_top(panel::fields(low, 0, 15), quarter);
-                p.q[step + 16] = with_top(panel::fields(low, 4, 15), quarter + 2);
-            }
+        for (half, q) in p.q.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            let top = panel::eight_dwords(isa, rows, 128 + 32 * half);
+            let (first, last) = q.split_at_mut(16);
+            let (low, high) = (first.as_chunks_mut().0, last.as_chunks_mut().0);
+            unpack_two::<I, 0, 4>(isa, panel::eight_dwords(isa, rows, 64 * half), &top, &mut low[0], &mut high[0]);
+            unpack_two::<I, 2, 6>(isa, panel::eight_dwords(isa, rows, 64 * half + 32), &top, &mut low[1], &mut high[1]);
         }
+    }
+}
+
+/// 32 columns and, in the high nibbles, the 32 that lie 64 further, with their two top bits from A and B on in `top`.
+#[inline(always)]
+fn unpack_two<I: Isa, const A: u32, const B: u32>(
+    isa: I,
+    raw: [I::Bytes; 8],
+    top: &[I::Bytes; 8],
+    low: &mut [Lanes; 8],
+    high: &mut [Lanes; 8],
+) {
+    for j in 0..8 {
+        low[j] = isa.lanes(isa.or(isa.low_nibbles(raw[j]), isa.bits::<A, 3, 4>(top[j])));
+        high[j] = isa.lanes(isa.or(isa.high_nibbles(raw[j]), isa.bits::<B, 3, 4>(top[j])));
     }
 }

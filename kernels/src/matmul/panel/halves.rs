@@ -3,7 +3,7 @@
 
 use super::floats::multiply_floats;
 use super::matrix::{MatrixPanel, PANELS};
-use super::{FloatBlock, LANES, Multiply, Panel, PanelWeights, SLAB, Upcoming};
+use super::{FloatBlock, LANES, Multiply, Panel, PanelWeights, SLAB, Upcoming, floats};
 use crate::isa::{Bfloats, GROUP, HALF_TOKENS, Isa, Lanes, MatrixDepth, Sums, each};
 use crate::matmul::activation::Activations;
 use crate::matmul::half::HalfFormat;
@@ -33,8 +33,9 @@ impl<F: HalfFormat> Multiply<Self> for Halves<F> {
 
     #[inline(always)]
     fn arrange<I: Isa, W: PanelWeights<Panel = Self>>(panel: &mut Self, isa: I) {
-        for (out, pair) in panel.w.as_chunks_mut().0.iter_mut().zip(&panel.pairs) {
-            *out = F::pair(isa, pair);
+        for (out, pair) in panel.w.as_chunks_mut::<2>().0.iter_mut().zip(&panel.pairs) {
+            let pair = F::pair(isa, isa.load_lanes(pair));
+            *out = each!(2, |i| floats(isa, pair[i]));
         }
     }
 
@@ -127,8 +128,8 @@ impl<F: HalfFormat> MatrixPanel for BfloatPanel<F> {
                 continue;
             }
             for (i, pair) in pairs.iter().enumerate() {
-                let [even, odd] = F::pair(isa, pair);
-                out.put(i, &even, &odd);
+                let [even, odd] = F::pair(isa, isa.load_lanes(pair));
+                out.put(i, &floats(isa, even), &floats(isa, odd));
             }
         }
     }
