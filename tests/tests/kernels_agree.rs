@@ -7,13 +7,15 @@ use kernels::{ActivationFormat, Activations, Pool};
 /// Rows, columns in blocks, tokens.
 /// The last eight have tokens enough for panels in every layout; of the last two, the blocks of 16 are not full, and once odd in
 /// number.
-const SHAPES: [(usize, usize, usize); 14] = [
+const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 1),
     (1, 3, 2),
     (5, 1, 4),
     (7, 2, 5),
     (33, 5, 1),
     (130, 3, 6),
+    (70, 2, 3),
+    (20, 3, 7),
     (16, 4, 9),
     (3, 9, 17),
     (1, 1, 8),

@@ -379,8 +379,10 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
         let eight = each!(2, |half| {
             // SAFETY: AVX2, by the token; 16 readable bytes each, by the types.
             unsafe {
-                let row = |r: usize| _mm_loadu_si128(rows[8 * half + r].as_ptr().cast());
-                let v: [__m256i; 4] = each!(4, |i| _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(i)), row(4 + i)));
+                let v: [__m256i; 4] = each!(4, |i| {
+                    let (a, b) = (rows[8 * half + i].as_ptr(), rows[8 * half + 4 + i].as_ptr());
+                    _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(_mm_loadu_si128(a.cast())), _mm_loadu_si128(b.cast()))
+                });
                 let (a, b) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
                 let (x, y) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
                 [_mm256_unpacklo_epi64(a, x), _mm256_unpackhi_epi64(a, x), _mm256_unpacklo_epi64(b, y), _mm256_unpackhi_epi64(b, y)]
@@ -436,13 +438,12 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     fn half_pairs(self, v: Pair) -> [[__m256; 2]; 2] {
         // SAFETY: F16C, by the token; words below 2^16 are packed as they are.
         unsafe {
-            let float = |v: __m256i| {
-                let words = _mm256_permute4x64_epi64::<0x08>(_mm256_packus_epi32(v, v));
-                _mm256_cvtph_ps(_mm256_castsi256_si128(words))
-            };
             let low = both(v, |v| _mm256_and_si256(v, _mm256_set1_epi32(0xffff)));
-            let high = both(v, |v| _mm256_srli_epi32::<16>(v));
-            [[float(low[0]), float(low[1])], [float(high[0]), float(high[1])]]
+            let parts = [low, both(v, |v| _mm256_srli_epi32::<16>(v))];
+            each!(2, |part| each!(2, |i| {
+                let words = _mm256_permute4x64_epi64::<0x08>(_mm256_packus_epi32(parts[part][i], parts[part][i]));
+                _mm256_cvtph_ps(_mm256_castsi256_si128(words))
+            }))
         }
     }
 
@@ -450,9 +451,9 @@ impl<const VNNI: bool> Isa for Ymm<VNNI> {
     fn bfloat_pairs(self, v: Pair) -> [[__m256; 2]; 2] {
         // SAFETY: AVX2, by the token.
         unsafe {
-            let high = |v: __m256i| _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
-            let low = |v: __m256i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(v));
-            [[low(v[0]), low(v[1])], [high(v[0]), high(v[1])]]
+            let high = both(v, |v| _mm256_and_si256(v, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
+            let parts = [both(v, |v| _mm256_slli_epi32::<16>(v)), high];
+            each!(2, |part| each!(2, |i| _mm256_castsi256_ps(parts[part][i])))
         }
     }
 

@@ -207,13 +207,14 @@ fn unpack<I: Isa, U: Unpack, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p
         }
         // Value j and, in the high nibble, j + 16.
         let raw = panel::dwords(isa, rows, quants);
-        let fifth = U::FIFTH.map(|at| isa.load_lanes(&panel::words(rows, b * bytes + at)));
+        let (mut low, mut high) = (each!(4, |j| isa.low_nibbles(raw[j])), each!(4, |j| isa.high_nibbles(raw[j])));
+        if let Some(at) = U::FIFTH {
+            let fifth = isa.load_lanes(&panel::words(rows, b * bytes + at));
+            low = each!(4, |j| isa.or(low[j], isa.fifth_bits(fifth, j)));
+            high = each!(4, |j| isa.or(high[j], isa.fifth_bits(fifth, 4 + j)));
+        }
         for j in 0..4 {
-            let (mut low, mut high) = (isa.low_nibbles(raw[j]), isa.high_nibbles(raw[j]));
-            if let Some(fifth) = fifth {
-                (low, high) = (isa.or(low, isa.fifth_bits(fifth, j)), isa.or(high, isa.fifth_bits(fifth, 4 + j)));
-            }
-            (q[j], q[4 + j]) = (isa.lanes(low), isa.lanes(high));
+            (q[j], q[4 + j]) = (isa.lanes(low[j]), isa.lanes(high[j]));
         }
     }
 }

@@ -336,13 +336,21 @@ pub fn eight_dwords<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], at
     [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
 }
 
-/// Scales and mins of `bytes`, a sub-block's in each byte of a dword, as panels hold them.
+/// d and dmin, which share a dword.
+#[inline(always)]
+pub fn put_floats<I: Isa>(isa: I, dwords: I::Bytes, p: &mut IntegerScales) {
+    let [d, dmin] = isa.half_pairs(dwords);
+    (p.d, p.dmin) = (floats(isa, d), floats(isa, isa.mul(dmin, isa.splat(-1.0))));
+}
+
+/// Scales of `bytes`, a sub-block's in each byte of a dword, as panels hold them.
 #[inline(always)]
 pub fn put_scales<I: Isa>(isa: I, bytes: I::Bytes, out: &mut [Lanes; 4]) {
     let scales = isa.widen_bytes(bytes);
     *out = each!(4, |i| isa.panel_scales(scales[i]));
 }
 
+/// The same of mins.
 #[inline(always)]
 pub fn put_mins<I: Isa>(isa: I, bytes: I::Bytes, out: &mut [Lanes; 2]) {
     let mins = isa.widen_bytes(bytes);

@@ -61,9 +61,7 @@ impl PanelWeights for Dot {
     #[inline(always)]
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<84>(rows);
-        let [d, dmin] = isa.half_pairs(isa.load_lanes(&panel::words(rows, 80)));
-        p.d = panel::floats(isa, d);
-        p.dmin = panel::floats(isa, isa.mul(dmin, isa.splat(-1.0)));
+        panel::put_floats(isa, isa.load_lanes(&panel::words(rows, 80)), p);
         let places = p.scales.as_chunks_mut().0.iter_mut().zip(p.min_pairs.as_chunks_mut().0);
         for (both, (scales, mins)) in panel::dwords(isa, rows, 0).into_iter().zip(places) {
             panel::put_scales(isa, isa.low_nibbles(both), scales);

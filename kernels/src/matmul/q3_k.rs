@@ -77,8 +77,7 @@ impl PanelWeights for Dot {
     fn unpack<I: Isa>(isa: I, rows: &[&[u8]; LANES], p: &mut IntegerScales) {
         let rows = &panel::sized::<110>(rows);
         p.d = panel::halves(isa, rows, 108);
-        let words = |at: usize| isa.load_lanes(&panel::words(rows, at));
-        let (a, b, high) = (words(96), words(100), words(104));
+        let [a, b, high] = each!(3, |i| isa.load_lanes(&panel::words(rows, 96 + 4 * i)));
         let scales = [
             isa.or(isa.low_nibbles(a), isa.bits::<0, 3, 4>(high)),
             isa.or(isa.low_nibbles(b), isa.bits::<2, 3, 4>(high)),

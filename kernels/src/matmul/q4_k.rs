@@ -87,9 +87,7 @@ impl WeightDot for Dot {
 #[inline(always)]
 pub fn unpack_scales<I: Isa, const N: usize>(isa: I, rows: &[&[u8; N]; LANES], p: &mut IntegerScales) {
     let [floats, a, b, c] = panel::dwords(isa, rows, 0);
-    let [d, dmin] = isa.half_pairs(floats);
-    p.d = panel::floats(isa, d);
-    p.dmin = panel::floats(isa, isa.mul(dmin, isa.splat(-1.0)));
+    panel::put_floats(isa, floats, p);
     let scales = [isa.bits::<0, 63, 0>(a), isa.or(isa.low_nibbles(c), isa.bits::<6, 3, 4>(a))];
     let mins = [isa.bits::<0, 63, 0>(b), isa.or(isa.high_nibbles(c), isa.bits::<6, 3, 4>(b))];
     for (out, scales) in p.scales.as_chunks_mut().0.iter_mut().zip(scales) {
