@@ -174,7 +174,7 @@ template <class W, unsigned NT, class From, class X> __device__ __forceinline__ 
 }
 
 template <class W, unsigned NT> __device__ __forceinline__ void multiply_halves(const uint8_t *p, const HalfBlock *x, size_t stride, unsigned lane, Sums<NT> &sums) {
-    for (unsigned s = 0; s < 16; s++) {
+    for (unsigned s = 0; s < HALF_STEPS; s++) {
         const uint4 v = load_once(p + (s * WARP + lane) * 16);
         const uint32_t a[4] = {v.x, v.y, v.z, v.w};
         UNROLL

@@ -6,13 +6,16 @@
 #pragma once
 #include "quantize.cuh"
 
-constexpr unsigned FEW = 8;
-
 struct Onward {
     const float *norm; // the weight, or null: no norm
     float *squares;    // [token][slab] Σ x², or null
     uint32_t *arrived; // [slab]: contributions so far; zeros between launches. Null: nothing follows
     ActivationBlock *per_32, *per_256; // or null
+    HalfBlock *halves, *bfloats;       // or null
+    float *units;                      // [slab][FEW tokens]: what their values are counted in
+    const float *router; // [expert][column], or null: no experts follow
+    float *scores;       // [token][slab][expert]: a slab's part of what the router gives, the norm's scale left out
+    uint32_t n_experts;
 };
 
 // True in the block with which `n` contributions have come here, of which it makes `own`; it then sees what the others
@@ -34,8 +37,10 @@ __device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned own, unsi
     return last;
 }
 
-// One warp: a slab of a token's row of `n_columns`.
-__device__ __forceinline__ void quantize_onward(const Onward &o, const float *row, unsigned token, unsigned slab, unsigned n_columns, unsigned lane) {
+// One warp: a slab of a token's row of `n_columns`, into blocks of `plane`.
+__device__ __forceinline__ void quantize_onward(const Onward &o, const float *row, unsigned token, unsigned slab, unsigned n_columns, unsigned lane, unsigned plane = 0) {
+    const unsigned n_slabs = (n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
+    const size_t at = size_t(plane) * n_slabs + slab;
     float v[8], squares = 0;
     UNROLL
     for (unsigned i = 0; i < 8; i++) {
@@ -46,8 +51,29 @@ __device__ __forceinline__ void quantize_onward(const Onward &o, const float *ro
     }
     if (o.squares) {
         squares = warp_sum(squares);
-        if (lane == 0) o.squares[token * ((n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS) + slab] = squares;
+        if (lane == 0) o.squares[token * n_slabs + slab] = squares;
     }
-    if (o.per_32) quantize_block(v, 4, token, lane, false, o.per_32[slab]);
-    if (o.per_256) quantize_block(v, 32, token, lane, true, o.per_256[slab]);
+    for (unsigned expert = 0; o.router && expert < o.n_experts; expert++) {
+        float score = 0;
+        for (unsigned i = 0; i < 8; i++) {
+            const unsigned column = slab * CHUNK_COLUMNS + 8 * lane + i;
+            if (column < n_columns) score += v[i] * o.router[size_t(expert) * n_columns + column];
+        }
+        score = warp_sum(score);
+        if (lane == 0) o.scores[(token * n_slabs + slab) * o.n_experts + expert] = score;
+    }
+    if (o.halves || o.bfloats) {
+        // Nothing says how large x · weight may be, but that it is a float: so a slab has a unit, a power of two.
+        float peak = 0;
+        for (unsigned i = 0; i < 8; i++) peak = fmaxf(peak, fabsf(v[i]));
+        peak = warp_max(peak);
+        const float unit = peak > 1e-30f ? __int_as_float(__float_as_int(peak) & 0x7f800000) : 1.0f;
+        if (lane == 0) o.units[at * FEW + token] = unit;
+        float counted[8];
+        for (unsigned i = 0; i < 8; i++) counted[i] = v[i] / unit;
+        if (o.halves) convert_block(counted, float_to_half, token, lane, o.halves[at]);
+        if (o.bfloats) convert_block(counted, float_to_bfloat, token, lane, o.bfloats[at]);
+    }
+    if (o.per_32) quantize_block(v, 4, token, lane, false, o.per_32[at]);
+    if (o.per_256) quantize_block(v, 32, token, lane, true, o.per_256[at]);
 }

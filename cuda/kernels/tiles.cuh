@@ -21,10 +21,13 @@
 #pragma once
 #include "ptx.cuh"
 
+// Tokens of a block of activations.
+constexpr unsigned FEW = 8;
+
 // In the place of a token or an expert.
 constexpr uint32_t NOBODY = ~0u;
 
-constexpr unsigned TILE_ROWS = 16, CHUNK_COLUMNS = 256, STEPS = 4;
+constexpr unsigned TILE_ROWS = 16, CHUNK_COLUMNS = 256, STEPS = 4, HALF_STEPS = 16;
 
 // Of 8 tokens × 256 columns, in the same order: lane (g, t) has token g.
 struct ActivationBlock {
@@ -41,7 +44,7 @@ struct ActivationBlock {
 static_assert(sizeof(ActivationBlock) == 2560, "quantize.rs counts it so");
 
 struct HalfBlock {
-    uint32_t x[16][2][WARP]; // [step of 16 columns]: columns 4t, 4t + 1, then [1] 4t + 2, 4t + 3; so 8 values of 8 tokens lie together
+    uint32_t x[HALF_STEPS][2][WARP]; // [step of 16 columns]: columns 4t, 4t + 1, then [1] 4t + 2, 4t + 3; so 8 values of 8 tokens lie together
 };
 static_assert(sizeof(HalfBlock) == 4096, "quantize.rs counts it so");
 

@@ -1,7 +1,8 @@
-//! Launches `kernels/decode.cu`: a step of a few tokens, in which each launch
-//! quantizes what the next one takes (`kernels/onward.cuh`).
+//! Launches `kernels/decode.cu` and `decode_experts.cu`: a step of a few tokens, in
+//! which each launch quantizes what the next one takes (`kernels/onward.cuh`).
 
 use crate::error::Result;
+use crate::experts::{ExpertJob, Router};
 use crate::matmul::{GROUP, Job, Matrix};
 use crate::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
 use crate::quantize::{FORMS, Form, Inputs};
@@ -10,13 +11,65 @@ use crate::{Address, Buffer, Device, LEAST_SHARED, Shape, Start};
 /// Most tokens of such a step: what one block of activations holds.
 pub const FEW: usize = 8;
 
+/// Most experts that a token takes, and that there are, in such a step (`decode.cuh`, `decode_experts.cu`).
+const MOST_CHOSEN: usize = 8;
+const MOST_CHOSEN_FROM: usize = 256;
+/// Words of `struct Taken`.
+const TAKEN_WORDS: usize = 1 + FEW * MOST_CHOSEN * (1 + 2 * FEW);
+
+/// How many experts there are, and how many a token takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice {
+    pub n_experts: usize,
+    pub n_used: usize,
+}
+
+impl Choice {
+    /// Whether a step of a few tokens has launches for it.
+    pub fn is_few(self) -> bool {
+        (1..=MOST_CHOSEN).contains(&self.n_used) && (self.n_used..=MOST_CHOSEN_FROM).contains(&self.n_experts)
+    }
+
+    /// Most experts that a few tokens take.
+    fn most_taken(self) -> usize {
+        self.n_experts.min(FEW * self.n_used)
+    }
+}
+
+/// What lies in an [`Onward`].
+#[derive(Clone, Copy)]
+pub enum Holds {
+    /// A row a token.
+    Rows,
+    /// The same; experts may follow, of which each has a score.
+    Scored(Choice),
+    /// A row for each expert that a token takes; it serves for rows too.
+    OfExperts(Choice),
+}
+
+impl Holds {
+    /// Rows of a token, counters of a slab, scores of a token and slab.
+    fn counts(self) -> [usize; 3] {
+        match self {
+            Holds::Rows => [1, 1, 0],
+            Holds::Scored(choice) => [1, 1, choice.n_experts],
+            Holds::OfExperts(choice) => [choice.n_used, choice.most_taken(), 0],
+        }
+    }
+}
+
 /// Inputs of the next matmul of a few tokens.
 pub struct Onward {
     blocks: Inputs,
     /// [token][slab] Σ x², where a norm is to be applied.
     squares: Buffer,
-    /// [slab], zeros between launches.
+    /// [slab], or [expert that is taken][slab]; zeros between launches.
     arrived: Buffer,
+    /// [row of a token][slab][FEW tokens]: what halves are counted in.
+    units: Buffer,
+    /// [token][slab][expert], if experts may follow.
+    scores: Option<Buffer>,
+    holds: Holds,
     normed: bool,
 }
 
@@ -26,6 +79,14 @@ pub struct Then<'a> {
     /// A norm's weight.
     pub norm: Option<&'a Buffer>,
     pub forms: &'a [Form],
+    /// Of the experts that follow: their router's rows.
+    pub router: Option<&'a Buffer>,
+}
+
+impl<'a> Then<'a> {
+    pub fn new(onward: &'a mut Onward, norm: Option<&'a Buffer>, forms: &'a [Form]) -> Then<'a> {
+        Then { onward, norm, forms, router: None }
+    }
 }
 
 /// `struct Onward`.
@@ -37,32 +98,46 @@ pub(super) struct OnwardArgs {
     arrived: Address,
     per_32: Address,
     per_256: Address,
+    halves: Address,
+    bfloats: Address,
+    units: Address,
+    router: Address,
+    scores: Address,
+    n_experts: u32,
+    padding: u32,
 }
 
 impl Onward {
     /// Bytes of its buffers.
-    pub fn bytes_for(forms: &[Form], max_columns: usize) -> Vec<u64> {
-        let slabs = max_columns.div_ceil(CHUNK_COLUMNS) as u64;
-        let blocks = forms.iter().map(|f| Inputs::bytes_for(&[*f], FEW, max_columns));
-        blocks.chain([4 * FEW as u64 * slabs, 4 * slabs]).collect()
+    pub fn bytes_for(forms: &[Form], max_columns: usize, holds: Holds) -> Vec<u64> {
+        let slabs = max_columns.div_ceil(CHUNK_COLUMNS);
+        let [rows, counters, scores] = holds.counts();
+        let blocks = forms.iter().map(|f| Inputs::bytes_for(&[*f], rows * FEW, max_columns));
+        let words = [FEW * slabs, counters * slabs, rows * FEW * slabs];
+        let scores = (scores > 0).then_some(FEW * slabs * scores);
+        blocks.chain(words.into_iter().chain(scores).map(|n| 4 * n as u64)).collect()
     }
 
-    /// Forms are of quantized weights; halves are not made on the way.
-    pub fn new(device: &Device, forms: &[Form], max_columns: usize) -> Result<Onward> {
-        assert!(forms.iter().all(|f| f.is_quantized()));
+    pub fn new(device: &Device, forms: &[Form], max_columns: usize, holds: Holds) -> Result<Onward> {
         let slabs = max_columns.div_ceil(CHUNK_COLUMNS);
+        let [rows, counters, scores] = holds.counts();
+        let words = |n: usize| device.allocate("inputs", 4 * n);
         Ok(Onward {
-            blocks: Inputs::new(device, forms, FEW, max_columns)?,
-            squares: device.allocate("inputs", 4 * FEW * slabs)?,
-            arrived: device.upload("inputs", &vec![0; 4 * slabs])?,
+            blocks: Inputs::new(device, forms, rows * FEW, max_columns)?,
+            squares: words(FEW * slabs)?,
+            arrived: device.upload("inputs", &vec![0; 4 * counters * slabs])?,
+            units: words(rows * FEW * slabs)?,
+            scores: (scores > 0).then(|| words(FEW * slabs * scores)).transpose()?,
+            holds,
             normed: false,
         })
     }
 
     /// Counts a launch that leaves `n_tokens` rows of `columns` here.
     pub(super) fn take(then: Option<Then<'_>>, n_tokens: usize, columns: usize) -> OnwardArgs {
-        let Some(Then { onward: o, norm, forms }) = then else { return OnwardArgs::default() };
-        assert!(n_tokens <= FEW);
+        let Some(Then { onward: o, norm, forms, router }) = then else { return OnwardArgs::default() };
+        assert!(n_tokens <= FEW && (router.is_none() || o.scores.is_some()));
+        let [rows, counters, n_experts] = o.holds.counts();
         o.blocks.hold(n_tokens, columns, forms);
         o.normed = norm.is_some();
         let slabs = columns.div_ceil(CHUNK_COLUMNS);
@@ -70,10 +145,31 @@ impl Onward {
         OnwardArgs {
             norm: norm.map_or(0, |n| n.part(0, 4 * columns)),
             squares: if o.normed { o.squares.part(0, 4 * n_tokens * slabs) } else { 0 },
-            arrived: o.arrived.part(0, 4 * slabs),
+            arrived: o.arrived.part(0, 4 * counters * slabs),
             per_32: of(Form::Q8Per32),
             per_256: of(Form::Q8Per256),
+            halves: of(Form::F16),
+            bfloats: of(Form::Bf16),
+            units: o.units.part(0, 4 * rows * FEW * slabs),
+            router: router.map_or(0, |r| r.part(0, 4 * n_experts * columns)),
+            scores: o.scores(n_tokens, columns),
+            n_experts: n_experts as u32,
+            padding: 0,
         }
+    }
+}
+
+impl Onward {
+    /// 0: there are none.
+    fn scores(&self, n_tokens: usize, columns: usize) -> Address {
+        let [_, _, n_experts] = self.holds.counts();
+        self.scores.as_ref().map_or(0, |s| s.part(0, 4 * n_tokens * columns.div_ceil(CHUNK_COLUMNS) * n_experts))
+    }
+
+    /// 0: it was not normed.
+    fn squares(&self) -> Address {
+        let slabs = self.blocks.columns.div_ceil(CHUNK_COLUMNS);
+        if self.normed { self.squares.part(0, 4 * self.blocks.n_tokens * slabs) } else { 0 }
     }
 }
 
@@ -104,6 +200,7 @@ pub fn decode_begin(device: &Device, x: &Buffer, n_tokens: usize, columns: usize
 struct DecodeArgs {
     matrices: [Matrix; GROUP],
     forms: [Address; 4],
+    units: Address,
     squares: Address,
     onward: OnwardArgs,
     n_matrices: u32,
@@ -119,13 +216,13 @@ const STAGES: usize = 3;
 const RUN: usize = 4;
 const MOST_WARPS: usize = 12;
 
-/// Warps of a block, and its shared memory, of which a multiprocessor that lets launches overlap has room for two.
-fn block(device: &Device, stage: usize, products: usize, part: usize) -> (usize, usize) {
+/// Warps of a block, and its shared memory, `beside` bytes of it the caller's, of which a multiprocessor that lets launches overlap has room for two.
+fn block(device: &Device, stage: usize, kernel: &Kernel, beside: usize) -> (usize, usize) {
     let most = device.limits().shared;
     let room = if most >= 2 * LEAST_SHARED { most / 2 - 1024 } else { LEAST_SHARED } as usize;
-    let of_warp = STAGES * stage + products * RUN * 32 * part;
-    let of_all = FEW * 4 + 16;
-    let warps = ((room - of_all) / of_warp).min(MOST_WARPS);
+    let of_warp = STAGES * stage + kernel.products * RUN * 32 * kernel.part;
+    let of_all = FEW * 4 + 16 + beside;
+    let warps = ((room - of_all) / of_warp).min(kernel.warps);
     (warps, warps * of_warp + of_all)
 }
 
@@ -138,42 +235,151 @@ pub enum Product {
     Gated,
 }
 
-/// The jobs' products with what `x` holds, normed with `eps` if it is to be; `then` is of the first job's output.
-pub fn decode_matmul(device: &Device, jobs: &[Job<'_>], product: Product, x: &Onward, eps: f32, then: Option<Then<'_>>) -> Result<()> {
-    let (n_tokens, columns, first) = (x.blocks.n_tokens, x.blocks.columns, jobs[0].weights);
-    assert!(jobs.len() <= GROUP && (product == Product::Each || (jobs.len() == 2 && jobs[1].weights.rows == first.rows)));
+/// A launch's kernel: products of a block, bytes of a lane's sums (of a token alone two, else four), and warps at most.
+struct Kernel {
+    name: &'static str,
+    products: usize,
+    part: usize,
+    warps: usize,
+}
+
+/// By product, and whether there are more tokens than one.
+type Kernels = [Kernel; 4];
+const OF_ALL: Kernels = [
+    Kernel { name: "decode_matmul_alone", products: 1, part: 8, warps: MOST_WARPS },
+    Kernel { name: "decode_matmul", products: 1, part: 16, warps: MOST_WARPS },
+    Kernel { name: "decode_gated_alone", products: 2, part: 8, warps: MOST_WARPS },
+    Kernel { name: "decode_gated", products: 2, part: 16, warps: MOST_WARPS },
+];
+const OF_EXPERTS: Kernels = [
+    Kernel { name: "decode_experts_alone", products: 1, part: 8, warps: MOST_WARPS },
+    Kernel { name: "decode_experts", products: 1, part: 16, warps: MOST_WARPS },
+    Kernel { name: "decode_experts_gated_alone", products: 2, part: 8, warps: MOST_WARPS },
+    // Shared memory has room for one or two more, but so each has registers enough.
+    Kernel { name: "decode_experts_gated", products: 2, part: 16, warps: 8 },
+];
+
+/// Of a launch: its kernel, shape, and what it is told.
+fn prepare(
+    device: &Device,
+    kernels: &Kernels,
+    matrices: &[Matrix],
+    weights: &[&WeightMatrix],
+    product: Product,
+    x: &Onward,
+    eps: f32,
+    then: Option<Then<'_>>,
+    beside: usize,
+) -> (&'static str, Shape, DecodeArgs) {
+    let (n_tokens, columns) = (x.blocks.n_tokens, x.blocks.columns);
+    assert!(weights.len() <= GROUP && (product == Product::Each || (weights.len() == 2 && weights[1].rows == weights[0].rows)));
     // A slab is complete when its rows' tiles are, which must all be of the same matrix.
-    assert!(then.is_none() || product == Product::Gated || jobs.len() == 1);
-    let mut matrices = [Matrix::default(); GROUP];
-    for (m, job) in matrices.iter_mut().zip(jobs) {
-        *m = job.matrix(&x.blocks);
-    }
-    // Of a token alone a lane keeps two sums, else four.
-    let (name, products, part) = match (product, n_tokens) {
-        (Product::Each, 1) => ("decode_matmul_alone", 1, 8),
-        (Product::Each, _) => ("decode_matmul", 1, 16),
-        (Product::Gated, 1) => ("decode_gated_alone", 2, 8),
-        (Product::Gated, _) => ("decode_gated", 2, 16),
-    };
-    let counted = if product == Product::Gated { &jobs[..1] } else { jobs };
-    let tiles: usize = counted.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS)).sum();
-    let stage = jobs.iter().map(|j| WeightMatrix::chunk_bytes(j.weights.block)).max().unwrap_or(0);
+    assert!(then.is_none() || product == Product::Gated || weights.len() == 1);
+    let kernel = &kernels[2 * usize::from(product == Product::Gated) + usize::from(n_tokens > 1)];
+    let counted = if product == Product::Gated { &weights[..1] } else { weights };
+    let tiles: usize = counted.iter().map(|w| w.rows.div_ceil(TILE_ROWS)).sum();
+    let stage = weights.iter().map(|w| WeightMatrix::chunk_bytes(w.block)).max().unwrap_or(0);
+    let [rows, ..] = x.holds.counts();
     let args = DecodeArgs {
-        matrices,
+        matrices: std::array::from_fn(|i| matrices.get(i).copied().unwrap_or_default()),
         forms: FORMS.map(|f| x.blocks.address(f)),
-        squares: if x.normed { x.squares.part(0, 4 * n_tokens * columns.div_ceil(CHUNK_COLUMNS)) } else { 0 },
-        onward: Onward::take(then, n_tokens, first.rows),
-        n_matrices: jobs.len() as u32,
+        units: x.units.part(0, 4 * rows * FEW * columns.div_ceil(CHUNK_COLUMNS)),
+        squares: x.squares(),
+        onward: Onward::take(then, n_tokens, weights[0].rows),
+        n_matrices: weights.len() as u32,
         n_tokens: n_tokens as u32,
         n_columns: columns as u32,
         eps,
         stage_bytes: stage as u32,
         padding: 0,
     };
-    let (warps, shared) = block(device, stage, products, part);
-    let grid = tiles.min(device.limits().multiprocessors as usize);
-    let shape = Shape { grid: [grid as u32, 1, 1], threads: 32 * warps as u32, shared: shared as u32 };
+    let (warps, shared) = block(device, stage, kernel, beside);
+    let blocks = device.limits().multiprocessors as usize;
+    // Of how many experts each tile will be is not known here.
+    let grid = if beside > 0 { blocks } else { tiles.min(blocks) };
+    (kernel.name, Shape { grid: [grid as u32, 1, 1], threads: 32 * warps as u32, shared: shared as u32 }, args)
+}
+
+/// The jobs' products with what `x` holds, normed with `eps` if it is to be; `then` is of the first job's output.
+pub fn decode_matmul(device: &Device, jobs: &[Job<'_>], product: Product, x: &Onward, eps: f32, then: Option<Then<'_>>) -> Result<()> {
+    let matrices: Vec<Matrix> = jobs.iter().map(|j| j.matrix(&x.blocks)).collect();
+    let weights: Vec<&WeightMatrix> = jobs.iter().map(|j| j.weights).collect();
+    let (name, shape, args) = prepare(device, &OF_ALL, &matrices, &weights, product, x, eps, then, 0);
     // SAFETY: DecodeArgs; weights and outputs were checked by `Job::matrix`, inputs have room for FEW tokens,
     // and what follows was checked by `Onward::take`.
+    unsafe { device.launch_at(name, shape, Start::Early, &args) }
+}
+
+/// Which experts a step's tokens take: the first of two launches tells the second.
+pub struct TakenExperts(Buffer);
+
+impl TakenExperts {
+    pub const BYTES: u64 = 4 * TAKEN_WORDS as u64;
+
+    pub fn new(device: &Device) -> Result<TakenExperts> {
+        Ok(TakenExperts(device.allocate("inputs", TakenExperts::BYTES as usize)?))
+    }
+}
+
+/// `struct DecodeExpertsArgs`.
+#[repr(C)]
+struct DecodeExpertsArgs {
+    decode: DecodeArgs,
+    taken: Address,
+    scores: Address,
+    n_experts: u32,
+    n_used: u32,
+}
+
+/// The experts that `x` was scored for, whose scores choose: silu(gate · x) · (up · x) of each that a token takes,
+/// [place in its choice][token][row].
+pub fn decode_experts_gated(
+    device: &Device,
+    [gate, up]: [ExpertJob<'_>; 2],
+    x: &Onward,
+    taken: &TakenExperts,
+    router: &Router,
+    then: Then<'_>,
+) -> Result<()> {
+    let (Holds::Scored(choice), Holds::OfExperts(same)) = (x.holds, then.onward.holds) else { panic!("inputs of experts") };
+    assert!(choice.is_few() && (choice.n_experts, choice.n_used) == (same.n_experts, same.n_used));
+    let n_tokens = x.blocks.n_tokens;
+    let matrices = [gate, up].map(|job| {
+        job.out.part(0, 4 * choice.n_used * n_tokens * job.weights.first().rows);
+        job.matrix(&x.blocks, choice.n_experts, false)
+    });
+    let weights = [gate.weights.first(), up.weights.first()];
+    let (name, shape, decode) =
+        prepare(device, &OF_EXPERTS, &matrices, &weights, Product::Gated, x, router.eps, Some(then), 4 * TAKEN_WORDS);
+    launch_experts(device, name, shape, decode, taken, x.scores(n_tokens, x.blocks.columns), choice)
+}
+
+/// What those experts make of it, each token's shares, is added to `out`.
+pub fn decode_experts(device: &Device, down: ExpertJob<'_>, x: &Onward, taken: &TakenExperts, then: Then<'_>) -> Result<()> {
+    let Holds::OfExperts(choice) = x.holds else { panic!("inputs of experts") };
+    let matrix = down.matrix(&x.blocks, choice.n_experts, true);
+    let weights = [down.weights.first()];
+    let (name, shape, decode) = prepare(device, &OF_EXPERTS, &[matrix], &weights, Product::Each, x, 0.0, Some(then), 4 * TAKEN_WORDS);
+    launch_experts(device, name, shape, decode, taken, 0, choice)
+}
+
+fn launch_experts(
+    device: &Device,
+    name: &'static str,
+    shape: Shape,
+    decode: DecodeArgs,
+    taken: &TakenExperts,
+    scores: Address,
+    choice: Choice,
+) -> Result<()> {
+    let args = DecodeExpertsArgs {
+        decode,
+        taken: taken.0.part(0, 4 * TAKEN_WORDS),
+        scores,
+        n_experts: choice.n_experts as u32,
+        n_used: choice.n_used as u32,
+    };
+    // SAFETY: DecodeExpertsArgs; as of `decode_matmul`; tables of matrices have as many as there are experts
+    // (`ExpertJob::matrix`), of which no other are taken, and scores begin in the room of the stages (`Choice::is_few`).
     unsafe { device.launch_at(name, shape, Start::Early, &args) }
 }

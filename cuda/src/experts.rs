@@ -6,8 +6,9 @@
 //! expert; nothing of this comes to the host.
 
 use crate::error::Result;
-use crate::matmul::{BLOCKS, WARPS};
+use crate::matmul::{BLOCKS, Job, Matrix, WARPS};
 use crate::pack::WeightMatrix;
+use crate::quantize::Inputs;
 use crate::{Address, Buffer, Device, Shape};
 
 /// Most experts that a token can take, each chosen by one thread.
@@ -39,17 +40,23 @@ impl ExpertMatrices {
     pub fn first(&self) -> &WeightMatrix {
         &self.matrices[0]
     }
-
-    pub(super) fn table(&self, routing: &Routing) -> Address {
-        self.table.part(0, 8 * routing.n_experts)
-    }
 }
 
 /// One matrix of a group that shares its inputs.
+#[derive(Clone, Copy)]
 pub struct ExpertJob<'a> {
     pub weights: &'a ExpertMatrices,
-    /// [slot][row]
+    /// A row a slot, or as a step's launches say.
     pub out: &'a Buffer,
+}
+
+impl ExpertJob<'_> {
+    /// Of as many experts; `add`: to what is in `out`.
+    pub(super) fn matrix(&self, x: &Inputs, n_experts: usize, add: bool) -> Matrix {
+        let mut matrix = Job { weights: self.weights.first(), out: self.out, add }.matrix(x);
+        matrix.by_expert = self.weights.table.part(0, 8 * n_experts);
+        matrix
+    }
 }
 
 /// A router: its norm and, as floats, its rows.
@@ -173,6 +180,10 @@ impl Routing {
 
     pub fn n_slots(&self) -> usize {
         self.n_blocks * self.block_slots
+    }
+
+    pub(super) fn n_experts(&self) -> usize {
+        self.n_experts
     }
 
     pub(super) fn block_slots(&self) -> usize {

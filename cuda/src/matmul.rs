@@ -29,7 +29,7 @@ pub(super) struct Matrix {
     stride: u32,
     kind: u32,
     add: u32,
-    by_expert: Address,
+    pub(super) by_expert: Address,
 }
 
 impl Job<'_> {
@@ -184,8 +184,7 @@ pub fn matmul_experts(device: &Device, jobs: &[ExpertJob<'_>], x: &Inputs, routi
     assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens == routing.n_slots());
     let mut matrices = [Matrix::default(); GROUP];
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        let w = job.weights;
-        *m = Matrix { by_expert: w.table(routing), ..Job { weights: w.first(), out: job.out, add: false }.matrix(x) };
+        *m = job.matrix(x, routing.n_experts(), false);
     }
     launch(device, matrices, jobs.iter().map(|j| j.weights.first().rows), x, variant(routing.block_slots()), routing.experts())
 }

@@ -224,7 +224,7 @@ impl<'m> GpuDecoder<'m> {
         let routing = || Routing::new(device, batch, h.n_experts as usize, h.n_experts_used as usize);
         let routing = experts.then(routing).transpose()?;
         let state = StepState::new(device, heads, batch.min(shape.sequences))?;
-        let (top, few) = (Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms)?);
+        let (top, few) = (Top::new(device, h.vocab as usize)?, Few::new(device, h, &forms, split)?);
         let mut lengths = scratch_floats(h, batch, experts).into_iter();
         let mut next = || device.allocate("scratch", 4 * lengths.next().unwrap_or(0));
         let scratch = Scratch {
@@ -336,7 +336,7 @@ impl<'m> GpuDecoder<'m> {
     /// As `forward`, but only the `k` likeliest tokens after the last one, likeliest first, with their logits. None, and
     /// nothing was done: so many cannot be told, or not of so many tokens.
     pub fn forward_top(&mut self, pool: &Pool, sequence: usize, tokens: &[u32], k: usize) -> Result<Option<Vec<(u32, f32)>>> {
-        if k > MOST_TOP || tokens.len() > FEW || self.split.parts_layers(self.model.hparams()) {
+        if k > MOST_TOP || tokens.len() > FEW || self.few.is_none() {
             return Ok(None);
         }
         first_wanted(self.model, self.lens[sequence], self.capacity, tokens, Want::Last)?;
@@ -398,24 +398,18 @@ impl<'m> GpuDecoder<'m> {
             false => Attend::Run { sequence: sequences[0], position: positions[0] },
         };
         let mut launches = Launches { parts, inputs: &mut self.inputs, routing: self.routing.as_mut(), n_tokens: n, attend };
-        let captured = n <= FEW && !self.split.parts_layers(h);
-        if captured {
-            let nothing = |_| unreachable!("every layer is here whole");
-            self.graphs.run(d, kind, || launches.layers(nothing).and_then(|()| launches.head(head)))?;
-        } else {
-            let models = &self.model.layers[self.split.on_host..];
-            let host = &mut self.host;
-            launches.layers(|i| {
-                let Some(host) = host else { unreachable!("made where it runs something") };
-                self.x.clear();
-                s.x.read_floats_into(0, n * hidden, &mut self.x)?;
-                host.load(self.model, &self.x, n);
-                layers::feed_forward::run(&step, &models[i], &mut host.scratch);
-                Ok(s.x.write_floats(&host.scratch.x[..n * hidden])?)
-            })?;
-        }
+        let models = &self.model.layers[self.split.on_host..];
+        let host = &mut self.host;
+        launches.layers(|i| {
+            let Some(host) = host else { unreachable!("made where it runs something") };
+            self.x.clear();
+            s.x.read_floats_into(0, n * hidden, &mut self.x)?;
+            host.load(self.model, &self.x, n);
+            layers::feed_forward::run(&step, &models[i], &mut host.scratch);
+            Ok(s.x.write_floats(&host.scratch.x[..n * hidden])?)
+        })?;
         self.advance(batch);
-        Ok(captured)
+        Ok(false)
     }
 
     fn advance(&mut self, batch: Batch<'_>) {

@@ -4,12 +4,14 @@
 
 #[path = "gpu_kernels/experts.rs"]
 mod experts;
+#[path = "gpu_kernels/steps.rs"]
+mod steps;
 
 use cuda::{
-    Buffer, CacheType, Device, FEW, Form, Heads, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState, Then,
-    Top, WeightMatrix,
+    Buffer, CacheType, Device, FEW, Form, Heads, Holds, Inputs, Job, LayerCache, OnTheWay, Onward, Product, Rotation, StepPart, StepState,
+    Then, Top, WeightMatrix,
 };
-use cuda::{attention, attention_step, ceiling, decode_begin, decode_matmul, form_of, matmul, rotate, splits};
+use cuda::{attention, attention_step, ceiling, decode_matmul, form_of, matmul, rotate, splits};
 use gguf::{BlockType, blocks};
 use kernels::matmul::reference;
 use kernels::vecmath::{self, RopeTable};
@@ -204,88 +206,6 @@ fn norms_are_applied_on_the_way() {
     }
 }
 
-/// A chain as a layer has it: normed input, a product added to the stream, normed again, gated, and on. Each launch's
-/// outputs are held against what the launch before it left, so that integers must be equal.
-#[test]
-fn a_step_quantizes_what_the_next_launch_takes() {
-    let eps = 1e-5;
-    for device in devices(&[false, true]) {
-        for (block, form) in Form::types().filter(|t| t.1.is_quantized()) {
-            for (hidden, ffn, tokens) in [(256, 256, 1), (768, 1280, 3), (544, 320, 8)] {
-                let round = |n: usize| n.next_multiple_of(block.block_len);
-                let (hidden, ffn) = (round(hidden), round(ffn));
-                let load = |rows, columns, seed| {
-                    let bytes = encoded(block, rows, columns, seed);
-                    (WeightMatrix::upload(&device, block, rows, columns, &bytes).unwrap(), bytes)
-                };
-                let (square, gate, up, down) = (load(hidden, hidden, 1), load(ffn, hidden, 2), load(ffn, hidden, 3), load(hidden, ffn, 4));
-                let norms = [weights(hidden, 8, 0), weights(hidden, 9, 0)];
-                let norms_at = norms.each_ref().map(|n| device.upload_floats("norm", n).unwrap());
-                let x = weights(tokens * hidden, 7, 13);
-                let stream = device.upload_floats("x", &x).unwrap();
-                let [a, b] = [ffn, ffn].map(|w| device.allocate("out", 4 * tokens * w).unwrap());
-                let mut onward = Onward::new(&device, &[form], hidden).unwrap();
-                let mut inner = Onward::new(&device, &[form], ffn).unwrap();
-                let forms = [form];
-                // The product with rows x, normed by `norm` or as they are, from integers of x · norm.
-                let product = |(_, bytes): &(WeightMatrix, Vec<u8>), rows, x: &[f32], columns: usize, norm: Option<&Vec<f32>>| {
-                    let weighted: Vec<f32> = x.iter().enumerate().map(|(i, v)| norm.map_or(*v, |n| v * n[i % columns])).collect();
-                    let (mut y, mut size) = truth(block, bytes, rows, &weighted, columns);
-                    for (t, x) in x.chunks_exact(columns).enumerate().filter(|_| norm.is_some()) {
-                        let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / columns as f64;
-                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
-                        y[t * rows..(t + 1) * rows].iter_mut().chain(&mut size[t * rows..(t + 1) * rows]).for_each(|v| *v *= scale);
-                    }
-                    (y, size)
-                };
-                let hold = |what: &str, got: &[f32], (want, size): (Vec<f64>, Vec<f64>)| {
-                    for ((got, want), size) in got.iter().zip(&want).zip(&size) {
-                        let error = (f64::from(*got) - want).abs();
-                        assert!(
-                            error <= 6e-6 * size + 1e-6 * want.abs() + 1e-30,
-                            "{} {what} {tokens}: {got} instead of {want}",
-                            block.name
-                        );
-                    }
-                };
-                let mut read = Onward::new(&device, &[form], hidden).unwrap();
-                decode_begin(&device, &stream, tokens, hidden, Then { onward: &mut read, norm: Some(&norms_at[0]), forms: &forms })
-                    .unwrap();
-                // The stream plus a product with its own norm.
-                let jobs = [Job { weights: &square.0, out: &stream, add: true }];
-                decode_matmul(
-                    &device,
-                    &jobs,
-                    Product::Each,
-                    &read,
-                    eps,
-                    Some(Then { onward: &mut onward, norm: Some(&norms_at[1]), forms: &forms }),
-                )
-                .unwrap();
-                let (mut want, mut size) = product(&square, hidden, &x, hidden, Some(&norms[0]));
-                want.iter_mut().zip(&mut size).zip(&x).for_each(|((w, s), x)| (*w += f64::from(*x), *s += f64::from(x.abs())).0);
-                let x = stream.read_floats().unwrap();
-                hold("sum", &x, (want, size));
-                // Gated, with the second norm.
-                let jobs = [Job { weights: &gate.0, out: &a, add: false }, Job { weights: &up.0, out: &b, add: false }];
-                decode_matmul(&device, &jobs, Product::Gated, &onward, eps, Some(Then { onward: &mut inner, norm: None, forms: &forms }))
-                    .unwrap();
-                let (g, u) = (product(&gate, ffn, &x, hidden, Some(&norms[1])), product(&up, ffn, &x, hidden, Some(&norms[1])));
-                let silu = |g: f64| g / (1.0 + (-g).exp());
-                let want: Vec<f64> = g.0.iter().zip(&u.0).map(|(g, u)| silu(*g) * u).collect();
-                // Its slope is at most 1.1.
-                let size = (0..want.len()).map(|i| 1.1 * g.1[i] * u.0[i].abs() + u.1[i] * silu(g.0[i]).abs()).collect();
-                let gated = a.read_floats().unwrap();
-                hold("gated", &gated, (want, size));
-                // And what is made of that.
-                let out = device.allocate("out", 4 * tokens * hidden).unwrap();
-                decode_matmul(&device, &[Job { weights: &down.0, out: &out, add: false }], Product::Each, &inner, eps, None).unwrap();
-                hold("down", &out.read_floats().unwrap(), product(&down, hidden, &gated, ffn, None));
-            }
-        }
-    }
-}
-
 /// The likeliest tokens are those of a sort, the lower id first of two as likely; what is not a number is seen.
 #[test]
 fn the_likeliest_are_found() {
@@ -401,9 +321,9 @@ fn attention_case(device: &Device, c: &AttentionCase) {
     let pairs = key_dim / 2 - 2;
     let frequencies: Vec<f64> = (0..pairs).map(|i| 1000f64.powf(-(i as f64) / pairs as f64)).collect();
     let state = StepState::new(device, c.heads, 1).unwrap();
-    let forms = [Form::Q8Per32, Form::Q8Per256];
+    let forms = [Form::Q8Per32, Form::Q8Per256, Form::F16];
     let width = n_heads * value_dim;
-    let mut onward = Onward::new(device, &forms, width).unwrap();
+    let mut onward = Onward::new(device, &forms, width, Holds::Rows).unwrap();
     // What a few tokens' attention becomes the input of.
     let bytes = encoded(&blocks::Q8_0, 16, width.next_multiple_of(32), 3);
     let next = width.is_multiple_of(32).then(|| WeightMatrix::upload(device, &blocks::Q8_0, 16, width, &bytes).unwrap());
@@ -441,7 +361,7 @@ fn attention_case(device: &Device, c: &AttentionCase) {
             state.begin([(sequence, first)].into_iter()).unwrap();
             // As many blocks as a longer context would have, too.
             for n_splits in [splits(first, n, c.window), 3] {
-                let then = Then { onward: &mut onward, norm: None, forms: &forms };
+                let then = Then::new(&mut onward, None, &forms);
                 let part = StepPart { sequences: 0..1, each: n, window: c.window, n_splits };
                 attention_step(device, &rotation, qkv, &mut cache, &out, &state, &part, Some(then)).unwrap();
                 let Some(next) = &next else { continue };
@@ -532,7 +452,7 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
     /// Registers of a multiprocessor, on every architecture that is built for.
     const REGISTERS: usize = 65_536;
     /// Threads of a block, and blocks that must fit beside each other.
-    const BLOCKS: [(&str, usize, usize); 16] = [
+    const BLOCKS: [(&str, usize, usize); 20] = [
         ("matmul_8", 256, 2),
         ("matmul_16", 256, 1),
         ("matmul_32", 256, 1),
@@ -545,6 +465,10 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
         ("decode_gated", 384, 1),
         ("decode_matmul_alone", 384, 1),
         ("decode_gated_alone", 384, 1),
+        ("decode_experts", 384, 1),
+        ("decode_experts_gated", 256, 1),
+        ("decode_experts_alone", 384, 1),
+        ("decode_experts_gated_alone", 384, 1),
         ("matmul_wide_128", 256, 1),
         ("matmul_wide_256", 256, 1),
         ("top", 256, 4),

@@ -1,9 +1,8 @@
-//! A batch through the layers launch by launch: any number of tokens, any
-//! weights, experts, parts of it on the host. What a matmul takes is quantized
-//! by a launch of its own; a step of a few tokens of a dense, quantized model
-//! has fewer launches (`step.rs`).
+//! A batch through the layers launch by launch: any number of tokens, of experts
+//! that each takes, parts of it on the host. What a matmul takes is quantized by a
+//! launch of its own; a step of a few tokens has fewer launches (`step.rs`).
 
-use super::step::{Head, Parts};
+use super::step::Parts;
 use super::{Experts, FeedForward, Mlp, forms};
 use crate::error::Result;
 use cuda::{ExpertJob, FEW, Inputs, Job, OnTheWay, Routing, StepPart, attention, attention_step, form_of, matmul, matmul_experts, rotate};
@@ -37,21 +36,6 @@ impl Launches<'_> {
                 FeedForward::Experts(experts) => self.experts(experts)?,
                 FeedForward::OnHost => on_host(i)?,
             }
-        }
-        Ok(())
-    }
-
-    /// What `head` asks for, of few tokens.
-    pub fn head(&mut self, head: Head) -> Result<()> {
-        let p = &self.parts;
-        let (d, s, n) = (p.device, p.scratch, self.n_tokens);
-        if head != Head::Nothing {
-            let norm = OnTheWay::Norm { weight: p.output_norm, eps: p.h.rms_eps };
-            self.inputs.fill(d, &s.x, 0, n, p.h.hidden as usize, norm, &[p.output.form()])?;
-            matmul(d, &[Job { weights: p.output, out: &s.logits, add: false }], self.inputs)?;
-        }
-        if head == Head::Top {
-            p.top.find(d, &s.logits, n - 1)?;
         }
         Ok(())
     }

@@ -125,7 +125,7 @@ pub fn needs(h: &Hparams, tensors: &[TensorInfo], cache: CacheShape, split: Spli
     }
     weights += 3 * split.expert_layers(h) as u64 * counted(ExpertMatrices::bytes_for(h.n_experts as usize));
     let layers = h.n_layers.saturating_sub(split.on_host as u64);
-    let (kv, scratch) = beside(h, &forms, layers, cache, split.expert_layers(h) > 0)?;
+    let (kv, scratch) = beside(h, &forms, layers, cache, split)?;
     Ok(Needs { weights, kv, scratch, staging })
 }
 
@@ -138,7 +138,7 @@ pub fn host_bytes(h: &Hparams, tensors: &[TensorInfo], split: Split) -> u64 {
 /// Bytes of KV cache and scratch beside weights of any quantized type, all layers on the GPU, and
 /// what counting each of `n_tensors` in whole granules can add to their sum.
 pub fn beside_weights(h: &Hparams, n_tensors: usize, cache: CacheShape) -> Result<u64> {
-    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, cache, h.n_experts > 0)?;
+    let (kv, scratch) = beside(h, &[Form::Q8Per32, Form::Q8Per256], h.n_layers, cache, Split::WHOLE)?;
     let of_experts = 3 * h.n_layers * h.n_experts;
     Ok(kv + scratch + (n_tensors as u64 + of_experts) * GRANULE + of_experts * 8)
 }
@@ -148,14 +148,15 @@ pub(super) fn batch(cache: CacheShape) -> usize {
     BATCH.min(cache.context.max(cache.sequences))
 }
 
-fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape, experts: bool) -> Result<(u64, u64)> {
+fn beside(h: &Hparams, forms: &[Form], layers: u64, cache: CacheShape, split: Split) -> Result<(u64, u64)> {
+    let experts = split.expert_layers(h) > 0;
     let (heads, batch, kind) = (heads(h), batch(cache), cache_type(cache.kv)?);
     let of_layer = LayerCache::bytes_for(heads, cache.sequences, cache.context, kind);
     let kv = layers * of_layer.iter().map(|b| counted(*b as u64)).sum::<u64>();
     let rows = inner_rows(h, batch, experts);
     let inputs: u64 = forms_of(forms, batch).iter().map(|f| counted(Inputs::bytes_for(&[*f], rows.max(batch), widest(h, rows)))).sum();
     let routing: u64 = if experts { routing_bytes(h, batch).into_iter().map(counted).sum() } else { 0 };
-    let step: u64 = Few::bytes_for(h, heads, forms, batch.min(cache.sequences)).into_iter().map(counted).sum();
+    let step: u64 = Few::bytes_for(h, heads, forms, batch.min(cache.sequences), split).into_iter().map(counted).sum();
     Ok((kv, inputs + routing + step + scratch_floats(h, batch, experts).iter().map(|n| counted(4 * *n as u64)).sum::<u64>()))
 }
 

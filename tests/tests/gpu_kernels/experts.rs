@@ -7,7 +7,7 @@ use tests::gpu::devices;
 use tests::weights;
 
 /// Scores of a router, and what each token takes of them: (expert, share), best first.
-fn routed(x: &[f32], norm: &[f32], router: &[f32], n_experts: usize, n_used: usize) -> Vec<Vec<(usize, f64)>> {
+pub fn routed(x: &[f32], norm: &[f32], router: &[f32], n_experts: usize, n_used: usize) -> Vec<Vec<(usize, f64)>> {
     let columns = norm.len();
     let token = |x: &[f32]| {
         let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / columns as f64;
