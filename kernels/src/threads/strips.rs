@@ -84,22 +84,16 @@ impl<'a> Strip<'a> {
         self.rest.clone()
     }
 
-    /// Of token `t`, those of run `k`.
-    #[inline(always)]
-    pub fn run_mut(&mut self, t: usize, k: usize) -> &mut [f32] {
-        self.columns(t, self.runs[k].clone())
-    }
-
-    pub fn rest_mut(&mut self, t: usize) -> &mut [f32] {
-        self.columns(t, self.rest.clone())
-    }
-
-    #[inline(always)]
-    fn columns(&mut self, t: usize, columns: Range<usize>) -> &mut [f32] {
-        assert!(t < self.out.n_tokens && columns.end <= self.out.cols);
-        // SAFETY: within the matrix (just checked), whose buffer holds tokens × columns (checked by
-        // Striped::new); `columns` are this strip's, and no other strip's (the contract of `new`).
-        unsafe { std::slice::from_raw_parts_mut(self.out.data.add(t * self.out.cols + columns.start), columns.len()) }
+    /// Of token `t`, those of each run, and the rest.
+    pub fn token_mut(&mut self, t: usize) -> ([&mut [f32]; STREAMS], &mut [f32]) {
+        let columns = |columns: &Range<usize>| {
+            assert!(t < self.out.n_tokens && columns.end <= self.out.cols);
+            // SAFETY: within the matrix (just checked), whose buffer holds tokens × columns (checked by
+            // Striped::new); `columns` are this strip's, and no other strip's (the contract of `new`), and
+            // its runs and rest have none in common.
+            unsafe { std::slice::from_raw_parts_mut(self.out.data.add(t * self.out.cols + columns.start), columns.len()) }
+        };
+        (self.runs.each_ref().map(columns), columns(&self.rest))
     }
 }
 
@@ -159,8 +153,8 @@ mod tests {
                 let [a, b] = &mut data;
                 pool.for_each_strip(&mut [Striped::new(a, n_tokens, cols, 2, 9), Striped::new(b, n_tokens, 5, 1, 1)], |_, strip| {
                     for t in 0..strip.n_tokens() {
-                        (0..STREAMS).for_each(|k| strip.run_mut(t, k).iter_mut().for_each(|x| *x += 1.0));
-                        strip.rest_mut(t).iter_mut().for_each(|x| *x += 1.0);
+                        let (runs, rest) = strip.token_mut(t);
+                        runs.into_iter().flatten().chain(rest).for_each(|x| *x += 1.0);
                     }
                 });
                 assert!(data.iter().flatten().all(|&x| x == 1.0), "{threads} threads, {n_tokens} × {cols}");
