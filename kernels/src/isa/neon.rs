@@ -9,6 +9,7 @@
 
 mod products;
 mod rows;
+mod super_blocks;
 mod tiles;
 
 use super::{

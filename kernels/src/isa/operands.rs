@@ -155,6 +155,9 @@ pub enum RowFormat {
     Q4K,
     Q5K,
     Q6K,
+    Q2K,
+    Q3K,
+    Iq4Xs,
 }
 
 /// Tokens whose activations lie interleaved in a panel.

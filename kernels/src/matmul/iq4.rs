@@ -66,6 +66,7 @@ impl WeightDot for XsDot {
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter once a super-block.
     const TOLERANCE: f32 = 4e-6;
+    const FORMAT: Option<RowFormat> = Some(RowFormat::Iq4Xs);
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {

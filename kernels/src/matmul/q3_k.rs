@@ -10,7 +10,7 @@
 use super::WeightDot;
 use super::activation::{ActivationFormat, ActivationRow};
 use super::panel::{self, IntegerScales, LANES, PanelWeights};
-use crate::isa::{Isa, Lanes, each, each_row};
+use crate::isa::{Isa, Lanes, RowFormat, each, each_row};
 use gguf::blocks;
 
 pub struct Dot;
@@ -34,6 +34,7 @@ impl WeightDot for Dot {
     const ACTIVATION: ActivationFormat = ActivationFormat::Q8Per256;
     // Integers are exact; floats enter once a super-block.
     const TOLERANCE: f32 = 4e-6;
+    const FORMAT: Option<RowFormat> = Some(RowFormat::Q3K);
 
     #[inline(always)]
     fn dot<I: Isa, const R: usize>(isa: I, rows: [&[u8]; R], x: &ActivationRow<'_>) -> [f32; R] {
