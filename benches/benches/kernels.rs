@@ -2,6 +2,7 @@
 //! share of the ceiling measured in the same run. Also into `benches/runs/`.
 //!
 //! `cargo bench -p benches --bench kernels -- --rows 4096 --cols 4096 --tokens 1,512 --reps 7 --only Q4_K/avx512vnni`
+//! `--rows 512 --copies 1` keeps the matrix in the caches: what the loop itself can do.
 
 use benches::{argument, is_test_run, median, runs};
 use kernels::matmul::{Job, Matmul, run_group};
@@ -12,6 +13,7 @@ fn main() {
     let test = is_test_run();
     let number = |name, default: &str, small: usize| if test { small } else { argument(name, default).parse().expect("a number") };
     let (rows, cols, reps) = (number("--rows", "4096", 32), number("--cols", "4096", 512), number("--reps", "7", 1));
+    let copies = argument("--copies", "").parse().ok();
     let pool = Pool::new(number("--threads", "0", 0));
     let peaks = ceiling::measure(&pool, &[]);
     println!("{} threads: int8 {:.0} GOP/s, read {:.1} GB/s", pool.n_threads(), peaks.int8_ops / 1e9, peaks.read_bytes / 1e9);
@@ -24,9 +26,9 @@ fn main() {
     for kernel in kernels::table().iter().filter(|k| if whole { k.name() == only } else { k.name().starts_with(&only) }) {
         let block = kernel.block();
         let plan = Matmul::with_kernel(&**kernel, rows, cols).expect("plan");
-        // Several copies, so that decode reads memory and not the cache.
+        // Several copies, so that decode reads memory and not the cache; or as many as were asked for.
         let bytes = block.bytes_for((rows * cols) as u64) as usize;
-        let copies = if test { 1 } else { ((128 << 20) / bytes).max(1) };
+        let copies = if test { 1 } else { copies.unwrap_or((128 << 20) / bytes).max(1) };
         let weights: Vec<Vec<u8>> = (0..copies).map(|_| vec![0x11; bytes]).collect();
         for &tokens in &batches {
             let mut acts = Activations::for_kernel(&**kernel);
