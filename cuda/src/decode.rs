@@ -1,8 +1,7 @@
-//! Launches `kernels/decode.cu` and `decode_experts.cu`: a step of a few tokens, in
-//! which each launch quantizes what the next one takes (`kernels/onward.cuh`).
+//! Launches `kernels/decode.cu`: a step of a few tokens, in which each launch
+//! quantizes what the next one takes (`kernels/onward.cuh`).
 
 use crate::error::Result;
-use crate::experts::{ExpertJob, Router};
 use crate::matmul::{GROUP, Job, Matrix};
 use crate::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
 use crate::quantize::{FORMS, Form, Inputs};
@@ -12,10 +11,8 @@ use crate::{Address, Buffer, Device, LEAST_SHARED, Shape, Start};
 pub const FEW: usize = 8;
 
 /// Most experts that a token takes, and that there are, in such a step (`decode.cuh`, `decode_experts.cu`).
-const MOST_CHOSEN: usize = 8;
+pub(super) const MOST_CHOSEN: usize = 8;
 const MOST_CHOSEN_FROM: usize = 256;
-/// Words of `struct Taken`.
-const TAKEN_WORDS: usize = 1 + FEW * MOST_CHOSEN * (1 + 2 * FEW);
 
 /// How many experts there are, and how many a token takes.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +57,7 @@ impl Holds {
 
 /// Inputs of the next matmul of a few tokens.
 pub struct Onward {
-    blocks: Inputs,
+    pub(super) blocks: Inputs,
     /// [token][slab] Σ x², where a norm is to be applied.
     squares: Buffer,
     /// [slab], or [expert that is taken][slab]; zeros between launches.
@@ -69,7 +66,7 @@ pub struct Onward {
     units: Buffer,
     /// [token][slab][expert], if experts may follow.
     scores: Option<Buffer>,
-    holds: Holds,
+    pub(super) holds: Holds,
     normed: bool,
 }
 
@@ -161,7 +158,7 @@ impl Onward {
 
 impl Onward {
     /// 0: there are none.
-    fn scores(&self, n_tokens: usize, columns: usize) -> Address {
+    pub(super) fn scores(&self, n_tokens: usize, columns: usize) -> Address {
         let [_, _, n_experts] = self.holds.counts();
         self.scores.as_ref().map_or(0, |s| s.part(0, 4 * n_tokens * columns.div_ceil(CHUNK_COLUMNS) * n_experts))
     }
@@ -197,7 +194,7 @@ pub fn decode_begin(device: &Device, x: &Buffer, n_tokens: usize, columns: usize
 
 /// `struct DecodeArgs`.
 #[repr(C)]
-struct DecodeArgs {
+pub(super) struct DecodeArgs {
     matrices: [Matrix; GROUP],
     forms: [Address; 4],
     units: Address,
@@ -211,17 +208,17 @@ struct DecodeArgs {
     padding: u32,
 }
 
-/// Chunks of a warp on their way, row tiles of a run, warps of a block at most (`decode.cu`).
+/// Chunks of a warp on their way, row tiles of a run, warps of a block at most (`decode.cuh`).
 const STAGES: usize = 3;
 const RUN: usize = 4;
-const MOST_WARPS: usize = 12;
+pub(super) const MOST_WARPS: usize = 12;
 
-/// Warps of a block, and its shared memory, `beside` bytes of it the caller's, of which a multiprocessor that lets launches overlap has room for two.
-fn block(device: &Device, stage: usize, kernel: &Kernel, beside: usize) -> (usize, usize) {
+/// Warps of a block, and its shared memory, of which a multiprocessor that lets launches overlap has room for two.
+fn block(device: &Device, stage: usize, kernel: &Kernel) -> (usize, usize) {
     let most = device.limits().shared;
     let room = if most >= 2 * LEAST_SHARED { most / 2 - 1024 } else { LEAST_SHARED } as usize;
     let of_warp = STAGES * stage + kernel.products * RUN * 32 * kernel.part;
-    let of_all = FEW * 4 + 16 + beside;
+    let of_all = FEW * 4 + 16 + kernel.taken;
     let warps = ((room - of_all) / of_warp).min(kernel.warps);
     (warps, warps * of_warp + of_all)
 }
@@ -235,151 +232,80 @@ pub enum Product {
     Gated,
 }
 
-/// A launch's kernel: products of a block, bytes of a lane's sums (of a token alone two, else four), and warps at most.
-struct Kernel {
-    name: &'static str,
-    products: usize,
-    part: usize,
-    warps: usize,
+/// A launch's kernel.
+pub(super) struct Kernel {
+    pub name: &'static str,
+    /// Of a block, two if gated.
+    pub products: usize,
+    /// Bytes of a lane's sums: of a token alone two, else four.
+    pub part: usize,
+    /// At most.
+    pub warps: usize,
+    /// Bytes of shared memory beside, for the experts that are taken.
+    pub taken: usize,
+}
+
+impl Kernel {
+    const fn new(name: &'static str, products: usize, part: usize) -> Kernel {
+        Kernel { name, products, part, warps: MOST_WARPS, taken: 0 }
+    }
 }
 
 /// By product, and whether there are more tokens than one.
-type Kernels = [Kernel; 4];
+pub(super) type Kernels = [Kernel; 4];
 const OF_ALL: Kernels = [
-    Kernel { name: "decode_matmul_alone", products: 1, part: 8, warps: MOST_WARPS },
-    Kernel { name: "decode_matmul", products: 1, part: 16, warps: MOST_WARPS },
-    Kernel { name: "decode_gated_alone", products: 2, part: 8, warps: MOST_WARPS },
-    Kernel { name: "decode_gated", products: 2, part: 16, warps: MOST_WARPS },
-];
-const OF_EXPERTS: Kernels = [
-    Kernel { name: "decode_experts_alone", products: 1, part: 8, warps: MOST_WARPS },
-    Kernel { name: "decode_experts", products: 1, part: 16, warps: MOST_WARPS },
-    Kernel { name: "decode_experts_gated_alone", products: 2, part: 8, warps: MOST_WARPS },
-    // Shared memory has room for one or two more, but so each has registers enough.
-    Kernel { name: "decode_experts_gated", products: 2, part: 16, warps: 8 },
+    Kernel::new("decode_matmul_alone", 1, 8),
+    Kernel::new("decode_matmul", 1, 16),
+    Kernel::new("decode_gated_alone", 2, 8),
+    Kernel::new("decode_gated", 2, 16),
 ];
 
 /// Of a launch: its kernel, shape, and what it is told.
-fn prepare(
+pub(super) fn prepare(
     device: &Device,
     kernels: &Kernels,
-    matrices: &[Matrix],
-    weights: &[&WeightMatrix],
+    jobs: &[(Matrix, &WeightMatrix)],
     product: Product,
     x: &Onward,
     eps: f32,
     then: Option<Then<'_>>,
-    beside: usize,
 ) -> (&'static str, Shape, DecodeArgs) {
+    let weights = || jobs.iter().map(|j| j.1);
+    let first = jobs[0].1;
     let (n_tokens, columns) = (x.blocks.n_tokens, x.blocks.columns);
-    assert!(weights.len() <= GROUP && (product == Product::Each || (weights.len() == 2 && weights[1].rows == weights[0].rows)));
+    assert!(jobs.len() <= GROUP && (product == Product::Each || (jobs.len() == 2 && jobs[1].1.rows == first.rows)));
     // A slab is complete when its rows' tiles are, which must all be of the same matrix.
-    assert!(then.is_none() || product == Product::Gated || weights.len() == 1);
+    assert!(then.is_none() || product == Product::Gated || jobs.len() == 1);
     let kernel = &kernels[2 * usize::from(product == Product::Gated) + usize::from(n_tokens > 1)];
-    let counted = if product == Product::Gated { &weights[..1] } else { weights };
-    let tiles: usize = counted.iter().map(|w| w.rows.div_ceil(TILE_ROWS)).sum();
-    let stage = weights.iter().map(|w| WeightMatrix::chunk_bytes(w.block)).max().unwrap_or(0);
+    let counted = if product == Product::Gated { 1 } else { jobs.len() };
+    let tiles: usize = weights().take(counted).map(|w| w.rows.div_ceil(TILE_ROWS)).sum();
+    let stage = weights().map(|w| WeightMatrix::chunk_bytes(w.block)).max().unwrap_or(0);
     let [rows, ..] = x.holds.counts();
     let args = DecodeArgs {
-        matrices: std::array::from_fn(|i| matrices.get(i).copied().unwrap_or_default()),
+        matrices: std::array::from_fn(|i| jobs.get(i).map_or_else(Matrix::default, |j| j.0)),
         forms: FORMS.map(|f| x.blocks.address(f)),
         units: x.units.part(0, 4 * rows * FEW * columns.div_ceil(CHUNK_COLUMNS)),
         squares: x.squares(),
-        onward: Onward::take(then, n_tokens, weights[0].rows),
-        n_matrices: weights.len() as u32,
+        onward: Onward::take(then, n_tokens, first.rows),
+        n_matrices: jobs.len() as u32,
         n_tokens: n_tokens as u32,
         n_columns: columns as u32,
         eps,
         stage_bytes: stage as u32,
         padding: 0,
     };
-    let (warps, shared) = block(device, stage, kernel, beside);
+    let (warps, shared) = block(device, stage, kernel);
     let blocks = device.limits().multiprocessors as usize;
     // Of how many experts each tile will be is not known here.
-    let grid = if beside > 0 { blocks } else { tiles.min(blocks) };
+    let grid = if kernel.taken > 0 { blocks } else { tiles.min(blocks) };
     (kernel.name, Shape { grid: [grid as u32, 1, 1], threads: 32 * warps as u32, shared: shared as u32 }, args)
 }
 
 /// The jobs' products with what `x` holds, normed with `eps` if it is to be; `then` is of the first job's output.
 pub fn decode_matmul(device: &Device, jobs: &[Job<'_>], product: Product, x: &Onward, eps: f32, then: Option<Then<'_>>) -> Result<()> {
-    let matrices: Vec<Matrix> = jobs.iter().map(|j| j.matrix(&x.blocks)).collect();
-    let weights: Vec<&WeightMatrix> = jobs.iter().map(|j| j.weights).collect();
-    let (name, shape, args) = prepare(device, &OF_ALL, &matrices, &weights, product, x, eps, then, 0);
+    let jobs: Vec<_> = jobs.iter().map(|j| (j.matrix(&x.blocks), j.weights)).collect();
+    let (name, shape, args) = prepare(device, &OF_ALL, &jobs, product, x, eps, then);
     // SAFETY: DecodeArgs; weights and outputs were checked by `Job::matrix`, inputs have room for FEW tokens,
     // and what follows was checked by `Onward::take`.
-    unsafe { device.launch_at(name, shape, Start::Early, &args) }
-}
-
-/// Which experts a step's tokens take: the first of two launches tells the second.
-pub struct TakenExperts(Buffer);
-
-impl TakenExperts {
-    pub const BYTES: u64 = 4 * TAKEN_WORDS as u64;
-
-    pub fn new(device: &Device) -> Result<TakenExperts> {
-        Ok(TakenExperts(device.allocate("inputs", TakenExperts::BYTES as usize)?))
-    }
-}
-
-/// `struct DecodeExpertsArgs`.
-#[repr(C)]
-struct DecodeExpertsArgs {
-    decode: DecodeArgs,
-    taken: Address,
-    scores: Address,
-    n_experts: u32,
-    n_used: u32,
-}
-
-/// The experts that `x` was scored for, whose scores choose: silu(gate · x) · (up · x) of each that a token takes,
-/// [place in its choice][token][row].
-pub fn decode_experts_gated(
-    device: &Device,
-    [gate, up]: [ExpertJob<'_>; 2],
-    x: &Onward,
-    taken: &TakenExperts,
-    router: &Router,
-    then: Then<'_>,
-) -> Result<()> {
-    let (Holds::Scored(choice), Holds::OfExperts(same)) = (x.holds, then.onward.holds) else { panic!("inputs of experts") };
-    assert!(choice.is_few() && (choice.n_experts, choice.n_used) == (same.n_experts, same.n_used));
-    let n_tokens = x.blocks.n_tokens;
-    let matrices = [gate, up].map(|job| {
-        job.out.part(0, 4 * choice.n_used * n_tokens * job.weights.first().rows);
-        job.matrix(&x.blocks, choice.n_experts, false)
-    });
-    let weights = [gate.weights.first(), up.weights.first()];
-    let (name, shape, decode) =
-        prepare(device, &OF_EXPERTS, &matrices, &weights, Product::Gated, x, router.eps, Some(then), 4 * TAKEN_WORDS);
-    launch_experts(device, name, shape, decode, taken, x.scores(n_tokens, x.blocks.columns), choice)
-}
-
-/// What those experts make of it, each token's shares, is added to `out`.
-pub fn decode_experts(device: &Device, down: ExpertJob<'_>, x: &Onward, taken: &TakenExperts, then: Then<'_>) -> Result<()> {
-    let Holds::OfExperts(choice) = x.holds else { panic!("inputs of experts") };
-    let matrix = down.matrix(&x.blocks, choice.n_experts, true);
-    let weights = [down.weights.first()];
-    let (name, shape, decode) = prepare(device, &OF_EXPERTS, &[matrix], &weights, Product::Each, x, 0.0, Some(then), 4 * TAKEN_WORDS);
-    launch_experts(device, name, shape, decode, taken, 0, choice)
-}
-
-fn launch_experts(
-    device: &Device,
-    name: &'static str,
-    shape: Shape,
-    decode: DecodeArgs,
-    taken: &TakenExperts,
-    scores: Address,
-    choice: Choice,
-) -> Result<()> {
-    let args = DecodeExpertsArgs {
-        decode,
-        taken: taken.0.part(0, 4 * TAKEN_WORDS),
-        scores,
-        n_experts: choice.n_experts as u32,
-        n_used: choice.n_used as u32,
-    };
-    // SAFETY: DecodeExpertsArgs; as of `decode_matmul`; tables of matrices have as many as there are experts
-    // (`ExpertJob::matrix`), of which no other are taken, and scores begin in the room of the stages (`Choice::is_few`).
     unsafe { device.launch_at(name, shape, Start::Early, &args) }
 }

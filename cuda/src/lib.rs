@@ -8,6 +8,7 @@
 mod attention;
 pub mod ceiling;
 mod decode;
+mod decode_experts;
 #[cfg(feature = "driver")]
 mod driver;
 mod error;
@@ -21,9 +22,8 @@ mod staging;
 mod top;
 
 pub use attention::{CacheType, Heads, LayerCache, Rotation, StepPart, StepState, attention, attention_step, rotate, splits};
-pub use decode::{
-    Choice, FEW, Holds, Onward, Product, TakenExperts, Then, decode_begin, decode_experts, decode_experts_gated, decode_matmul,
-};
+pub use decode::{Choice, FEW, Holds, Onward, Product, Then, decode_begin, decode_matmul};
+pub use decode_experts::{TakenExperts, decode_experts, decode_experts_gated};
 pub use error::{Error, Result};
 pub use experts::{ExpertJob, ExpertMatrices, Router, Routing};
 pub use matmul::{Job, form_of, forms_of, matmul, matmul_experts};
