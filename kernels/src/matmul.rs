@@ -27,7 +27,6 @@ use activation::{ActivationFormat, ActivationRow, Activations, Layout};
 use gguf::BlockType;
 use gguf::blocks;
 use panel::PanelWeights;
-use std::ops::Range;
 use std::sync::OnceLock;
 
 pub use gated::run_gated;
@@ -111,25 +110,21 @@ impl<W: WeightDot> Op for Fill<'_, W, Strip<'_>> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Fill { weights, row_bytes, acts, out: strip, .. } = self;
-        let rows_of = |of: &Range<usize>| weights[of.start * row_bytes..of.end * row_bytes].chunks_exact(row_bytes);
+        let row = |i: usize| &weights[i * row_bytes..][..row_bytes];
         let (runs, rest) = (strip.runs(), strip.rest());
         for t in 0..strip.n_tokens() {
             let x = acts.row(t);
-            let (mut out, out_of_rest) = strip.token_mut(t);
-            let mut coming = runs.each_ref().map(rows_of);
             for i in 0..runs[0].len() {
-                let rows = each!(STREAMS, |k| coming[k].next().expect("runs of one length"));
+                let rows = each!(STREAMS, |k| row(runs[k].start + i));
                 let own = W::FORMAT.and_then(|format| isa.dot_four_rows(format, rows, &x));
                 let y = match own {
                     Some(y) => y,
                     None => W::dot::<I, STREAMS>(isa, rows, &x),
                 };
-                for (out, y) in out.iter_mut().zip(y) {
-                    out[i] = y;
-                }
+                strip.put(t, i, y);
             }
-            for (out, row) in out_of_rest.iter_mut().zip(rows_of(&rest)) {
-                *out = W::dot::<I, 1>(isa, [row], &x)[0];
+            for (out, i) in strip.rest_mut(t).iter_mut().zip(rest.clone()) {
+                *out = W::dot::<I, 1>(isa, [row(i)], &x)[0];
             }
         }
     }

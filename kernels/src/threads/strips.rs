@@ -84,16 +84,21 @@ impl<'a> Strip<'a> {
         self.rest.clone()
     }
 
-    /// Of token `t`, those of each run, and the rest.
-    pub fn token_mut(&mut self, t: usize) -> ([&mut [f32]; STREAMS], &mut [f32]) {
-        let columns = |columns: &Range<usize>| {
-            assert!(t < self.out.n_tokens && columns.end <= self.out.cols);
-            // SAFETY: within the matrix (just checked), whose buffer holds tokens × columns (checked by
-            // Striped::new); `columns` are this strip's, and no other strip's (the contract of `new`), and
-            // its runs and rest have none in common.
-            unsafe { std::slice::from_raw_parts_mut(self.out.data.add(t * self.out.cols + columns.start), columns.len()) }
-        };
-        (self.runs.each_ref().map(columns), columns(&self.rest))
+    /// Of token `t`, column `i` of each run.
+    #[inline(always)]
+    pub fn put(&mut self, t: usize, i: usize, y: [f32; STREAMS]) {
+        assert!(t < self.out.n_tokens && i < self.runs[0].len());
+        for (run, y) in self.runs.iter().zip(y) {
+            // SAFETY: within the matrix, as the runs are (`new`), and of this run (just checked: they are equally long);
+            // the buffer holds tokens × columns (checked by Striped::new), and these are no other strip's.
+            unsafe { *self.out.data.add(t * self.out.cols + run.start + i) = y };
+        }
+    }
+
+    pub fn rest_mut(&mut self, t: usize) -> &mut [f32] {
+        assert!(t < self.out.n_tokens && self.rest.end <= self.out.cols);
+        // SAFETY: within the matrix (just checked), as above.
+        unsafe { std::slice::from_raw_parts_mut(self.out.data.add(t * self.out.cols + self.rest.start), self.rest.len()) }
     }
 }
 
@@ -150,14 +155,18 @@ mod tests {
             let pool = Pool::new(threads);
             for (n_tokens, cols) in [(1, 0), (1, 1), (2, 3), (1, 4), (3, 29), (1, 1000)] {
                 let mut data = [vec![0.0; n_tokens * cols], vec![0.0; n_tokens * 5]];
+                let filled = std::sync::atomic::AtomicUsize::new(0);
                 let [a, b] = &mut data;
                 pool.for_each_strip(&mut [Striped::new(a, n_tokens, cols, 2, 9), Striped::new(b, n_tokens, 5, 1, 1)], |_, strip| {
                     for t in 0..strip.n_tokens() {
-                        let (runs, rest) = strip.token_mut(t);
-                        runs.into_iter().flatten().chain(rest).for_each(|x| *x += 1.0);
+                        let [first, ..] = strip.runs();
+                        (0..first.len()).for_each(|i| strip.put(t, i, [1.0; STREAMS]));
+                        strip.rest_mut(t).iter_mut().for_each(|x| *x += 1.0);
+                        filled.fetch_add(STREAMS * first.len() + strip.rest().len(), Ordering::Relaxed);
                     }
                 });
                 assert!(data.iter().flatten().all(|&x| x == 1.0), "{threads} threads, {n_tokens} × {cols}");
+                assert_eq!(filled.into_inner(), n_tokens * (cols + 5), "{threads} threads, {n_tokens} × {cols}");
             }
         }
     }

@@ -239,8 +239,8 @@ unsafe fn block_scales<const MINS: bool>(p: &mut Rows) -> [float32x4_t; 2] {
     // SAFETY: NEON, and two or four readable bytes a row, by the caller.
     unsafe {
         if MINS {
-            let mut v: uint32x4_t;
-            asm!("ld1r {{{0:v}.4s}}, [{1}], #4", out(vreg) v, inout(reg) p[0], options(pure, readonly, nostack, preserves_flags));
+            let mut v = vdupq_n_u32(0);
+            next_dword!(v, 0, p[0]);
             next_dword!(v, 1, p[1]);
             next_dword!(v, 2, p[2]);
             next_dword!(v, 3, p[3]);
