@@ -11,7 +11,8 @@
 //! wrap). Sums meet their scales four rows at a time, and the scales of K-quants are unpacked so too: four rows' first 16
 //! bytes are transposed by dwords, and `tbl` spreads one byte of each. The vocabulary scales each row's sums for itself,
 //! in four lanes. Instructions a weight of a token on `sdot`, 256 rows of 1,024 (`benches/neon.sh`), with that and with
-//! these: Q4_0 .553, .377; Q8_0 .482, .329; Q4_K .573, .358; Q5_K .900, .571; Q6_K .940, .544.
+//! these: Q4_0 .553, .353; Q8_0 .482, .278; Q4_K .573, .350; Q5_K .900, .567; Q6_K .940, .558; Q2_K .892, .425; Q3_K 1.277,
+//! .679; IQ4_XS .662, .385.
 //!
 //! SAFETY of every block in this file: as in `neon.rs`; addresses are within the rows, whose lengths [`dot`] checks.
 
