@@ -32,14 +32,11 @@ constexpr unsigned STAGES = 3, RUN = 4, L2_AHEAD = 8;
 
 __device__ __forceinline__ unsigned chunk_bytes(unsigned type) {
     switch (type) {
-#define QUANTIZED(W, id) \
+#define BYTES(W, id) \
     case id: return types::W::CHUNK;
-#define HALF(W, id) \
-    case id: return types::W::CHUNK;
-        QUANTIZED_TYPES(QUANTIZED)
-        HALF_TYPES(HALF)
-#undef QUANTIZED
-#undef HALF
+        QUANTIZED_TYPES(BYTES)
+        HALF_TYPES(BYTES)
+#undef BYTES
     }
     return 0;
 }
@@ -56,7 +53,7 @@ __device__ __forceinline__ float norm_scale_of(const DecodeArgs &a, unsigned n_s
 constexpr unsigned MOST_CHOSEN = 8, MOST_TAKEN = FEW * MOST_CHOSEN;
 
 // Those experts, in their own order.
-struct Taken {
+struct alignas(16) Taken {
     uint32_t n;
     uint32_t experts[MOST_TAKEN];
     uint32_t planes[MOST_TAKEN][FEW]; // their place in a token's choice, or NOBODY
@@ -190,12 +187,6 @@ template <class K> struct Decode {
         Chunks<K> later = coming;
         for (unsigned i = 0; i < L2_AHEAD && later.at; i++, later.pass(a, warp, warps))
             for (unsigned line = lane * 128; line < later.bytes; line += WARP * 128) prefetch(later.at + line);
-    }
-
-    // Where a block's shared memory has them.
-    static __device__ __forceinline__ Taken *taken_in(const DecodeArgs &a, uint8_t *memory) {
-        const unsigned warps = blockDim.x / WARP;
-        return (Taken *)(memory + warps * STAGES * a.stage_bytes + (GATED ? 2 : 1) * RUN * warps * WARP * sizeof(Part) + FEW * 4 + 16);
     }
 
     __device__ __forceinline__ void find_scales() {

@@ -80,16 +80,17 @@ template <bool GATED, bool ALONE> __device__ __forceinline__ void decode_experts
     SHARED(uint8_t, memory);
     let_next_begin();
     wait_for_previous();
-    Taken &taken = *Kernel::taken_in(a.decode, memory);
+    Taken &taken = *(Taken *)memory;
+    uint8_t *rest = memory + sizeof(Taken);
     const auto words = (uint32_t *)&taken, all = (uint32_t *)a.taken;
     if (GATED) {
-        take_experts(a, (float *)memory, taken);
+        take_experts(a, (float *)rest, taken);
         for (unsigned i = threadIdx.x; blockIdx.x == 0 && i < sizeof(Taken) / 4; i += blockDim.x) all[i] = words[i];
     } else {
         for (unsigned i = threadIdx.x; i < sizeof(Taken) / 4; i += blockDim.x) words[i] = __ldcg(all + i);
         __syncthreads();
     }
-    Kernel decode(a.decode, memory, &taken);
+    Kernel decode(a.decode, rest, &taken);
     decode.begin();
     decode.find_scales();
     decode.run_all();

@@ -141,7 +141,7 @@ impl Onward {
         let of = |form| if forms.contains(&form) { o.blocks.address(form) } else { 0 };
         OnwardArgs {
             norm: norm.map_or(0, |n| n.part(0, 4 * columns)),
-            squares: if o.normed { o.squares.part(0, 4 * n_tokens * slabs) } else { 0 },
+            squares: o.squares(),
             arrived: o.arrived.part(0, 4 * counters * slabs),
             per_32: of(Form::Q8Per32),
             per_256: of(Form::Q8Per256),
@@ -149,24 +149,26 @@ impl Onward {
             bfloats: of(Form::Bf16),
             units: o.units.part(0, 4 * rows * FEW * slabs),
             router: router.map_or(0, |r| r.part(0, 4 * n_experts * columns)),
-            scores: o.scores(n_tokens, columns),
+            scores: o.scores(),
             n_experts: n_experts as u32,
             padding: 0,
         }
     }
-}
 
-impl Onward {
+    /// Slabs of all tokens that are here.
+    fn token_slabs(&self) -> usize {
+        self.blocks.n_tokens * self.blocks.columns.div_ceil(CHUNK_COLUMNS)
+    }
+
     /// 0: there are none.
-    pub(super) fn scores(&self, n_tokens: usize, columns: usize) -> Address {
+    pub(super) fn scores(&self) -> Address {
         let [_, _, n_experts] = self.holds.counts();
-        self.scores.as_ref().map_or(0, |s| s.part(0, 4 * n_tokens * columns.div_ceil(CHUNK_COLUMNS) * n_experts))
+        self.scores.as_ref().map_or(0, |s| s.part(0, 4 * self.token_slabs() * n_experts))
     }
 
     /// 0: it was not normed.
     fn squares(&self) -> Address {
-        let slabs = self.blocks.columns.div_ceil(CHUNK_COLUMNS);
-        if self.normed { self.squares.part(0, 4 * self.blocks.n_tokens * slabs) } else { 0 }
+        if self.normed { self.squares.part(0, 4 * self.token_slabs()) } else { 0 }
     }
 }
 

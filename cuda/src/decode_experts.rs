@@ -5,11 +5,11 @@ use crate::error::Result;
 use crate::experts::{ExpertJob, Router};
 use crate::{Address, Buffer, Device, Shape, Start};
 
-/// Words of `struct Taken`.
-const TAKEN_WORDS: usize = 1 + FEW * MOST_CHOSEN * (1 + 2 * FEW);
+/// Of `struct Taken`.
+const TAKEN_BYTES: usize = (4 * (1 + FEW * MOST_CHOSEN * (1 + 2 * FEW))).next_multiple_of(16);
 
 const fn kernel(name: &'static str, products: usize, part: usize, warps: usize) -> Kernel {
-    Kernel { name, products, part, warps, taken: 4 * TAKEN_WORDS }
+    Kernel { name, products, part, warps, taken: TAKEN_BYTES }
 }
 
 const OF_EXPERTS: Kernels = [
@@ -24,7 +24,7 @@ const OF_EXPERTS: Kernels = [
 pub struct TakenExperts(Buffer);
 
 impl TakenExperts {
-    pub const BYTES: u64 = 4 * TAKEN_WORDS as u64;
+    pub const BYTES: u64 = TAKEN_BYTES as u64;
 
     pub fn new(device: &Device) -> Result<TakenExperts> {
         Ok(TakenExperts(device.allocate("inputs", TakenExperts::BYTES as usize)?))
@@ -60,7 +60,7 @@ pub fn decode_experts_gated(
         (job.matrix(&x.blocks, choice.n_experts, false), job.weights.first())
     });
     let (name, shape, decode) = prepare(device, &OF_EXPERTS, &jobs, Product::Gated, x, router.eps, Some(then));
-    launch_experts(device, name, shape, decode, taken, x.scores(n_tokens, x.blocks.columns), choice)
+    launch_experts(device, name, shape, decode, taken, x.scores(), choice)
 }
 
 /// What those experts make of it, each token's shares, is added to `out`.
@@ -83,7 +83,7 @@ fn launch_experts(
 ) -> Result<()> {
     let args = DecodeExpertsArgs {
         decode,
-        taken: taken.0.part(0, 4 * TAKEN_WORDS),
+        taken: taken.0.part(0, TAKEN_BYTES),
         scores,
         n_experts: choice.n_experts as u32,
         n_used: choice.n_used as u32,

@@ -127,17 +127,12 @@ impl Few {
             let then = Then::new(inner, None, &wanted);
             let part = StepPart { sequences: 0..kind.n_sequences, each: n / kind.n_sequences, window: p.window, n_splits: kind.n_splits };
             attention_step(d, &layer.rotation(p.h, s, p.pairs), [q, k, v], cache, &s.attended, p.state, &part, Some(then))?;
-            let (first, last) = match &layer.feed_forward {
-                FeedForward::Dense(mlp) => ([&mlp.gate, &mlp.up], &mlp.down),
-                FeedForward::Experts(e) => ([e.gate.first(), e.up.first()], e.down.first()),
-                FeedForward::OnHost => unreachable!("not in a step of a few tokens"),
-            };
-            let (wanted, of_last) = (forms(d, &first, n), [last.form()]);
             let (next_norm, of_next) = reader(i + 1);
             let output = [Job { weights: &layer.output, out: &s.x, add: true }];
             match &layer.feed_forward {
                 FeedForward::Experts(e) => {
                     let Some(taken) = taken else { unreachable!("made where experts are") };
+                    let (wanted, of_last) = (forms(d, &[e.gate.first(), e.up.first()], n), [e.down.first().form()]);
                     let job = |weights, out| ExpertJob { weights, out };
                     let then = Then { router: Some(&e.router.rows), ..Then::new(stream, Some(&e.router.norm), &wanted) };
                     decode_matmul(d, &output, Product::Each, inner, eps, Some(then))?;
@@ -146,6 +141,7 @@ impl Few {
                     decode_experts(d, job(&e.down, &s.x), inner, taken, Then::new(stream, Some(next_norm), &of_next))?;
                 }
                 FeedForward::Dense(mlp) => {
+                    let (wanted, of_last) = (forms(d, &[&mlp.gate, &mlp.up], n), [mlp.down.form()]);
                     decode_matmul(d, &output, Product::Each, inner, eps, Some(Then::new(stream, Some(&mlp.norm), &wanted)))?;
                     let gated = [job(&mlp.gate, &s.gate), job(&mlp.up, &s.up)];
                     decode_matmul(d, &gated, Product::Gated, stream, eps, Some(Then::new(inner, None, &of_last)))?;

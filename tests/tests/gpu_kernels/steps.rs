@@ -17,20 +17,21 @@ const EPS: f32 = 1e-5;
 /// Products, and what their errors are measured by.
 type Truth = (Vec<f64>, Vec<f64>);
 
-/// A matrix on a device, and as it was encoded.
-struct Loaded {
+/// A matrix as it is in a file.
+struct Encoded {
     block: &'static BlockType,
-    matrix: WeightMatrix,
     bytes: Vec<u8>,
     rows: usize,
     columns: usize,
 }
 
-impl Loaded {
-    fn new(device: &Device, block: &'static BlockType, rows: usize, columns: usize, seed: u64) -> Loaded {
-        let bytes = encoded(block, rows, columns, seed);
-        let matrix = WeightMatrix::upload(device, block, rows, columns, &bytes).unwrap();
-        Loaded { block, matrix, bytes, rows, columns }
+impl Encoded {
+    fn new(block: &'static BlockType, rows: usize, columns: usize, seed: u64) -> Encoded {
+        Encoded { block, bytes: encoded(block, rows, columns, seed), rows, columns }
+    }
+
+    fn upload(&self, device: &Device) -> WeightMatrix {
+        WeightMatrix::upload(device, self.block, self.rows, self.columns, &self.bytes).unwrap()
     }
 
     /// With rows x, normed by `norm` or as they are, from integers of x · norm.
@@ -74,8 +75,8 @@ fn onward(device: &Device, form: Form, columns: usize, holds: Holds) -> Onward {
     Onward::new(device, &[form], columns, holds).unwrap()
 }
 
-fn job<'a>(weights: &'a Loaded, out: &'a Buffer) -> Job<'a> {
-    Job { weights: &weights.matrix, out, add: false }
+fn job<'a>(weights: &'a WeightMatrix, out: &'a Buffer) -> Job<'a> {
+    Job { weights, out, add: false }
 }
 
 /// A chain as a layer has it: normed input, a product added to the stream, normed again, gated, and on.
@@ -86,8 +87,13 @@ fn a_step_quantizes_what_the_next_launch_takes() {
             for (hidden, ffn, tokens) in [(256, 256, 1), (768, 1280, 3), (544, 320, 8)] {
                 let round = |n: usize| n.next_multiple_of(block.block_len);
                 let (hidden, ffn, forms) = (round(hidden), round(ffn), [form]);
-                let load = |rows, columns, seed| Loaded::new(&device, block, rows, columns, seed);
-                let (square, gate, up, down) = (load(hidden, hidden, 1), load(ffn, hidden, 2), load(ffn, hidden, 3), load(hidden, ffn, 4));
+                let shapes = [(hidden, hidden), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
+                let mut seed = 0;
+                let matrices @ [square, gate, up, down] = &shapes.map(|(rows, columns)| {
+                    seed += 1;
+                    Encoded::new(block, rows, columns, seed)
+                });
+                let [square_at, gate_at, up_at, down_at] = &matrices.each_ref().map(|m| m.upload(&device));
                 let norms = [weights(hidden, 8, 0), weights(hidden, 9, 0)];
                 let norms_at = norms.each_ref().map(|n| device.upload_floats("norm", n).unwrap());
                 let x = weights(tokens * hidden, 7, 13);
@@ -99,21 +105,21 @@ fn a_step_quantizes_what_the_next_launch_takes() {
 
                 decode_begin(&device, &stream, tokens, hidden, Then::new(&mut read, Some(&norms_at[0]), &forms)).unwrap();
                 // The stream plus a product with its own norm.
-                let jobs = [Job { add: true, ..job(&square, &stream) }];
+                let jobs = [Job { add: true, ..job(square_at, &stream) }];
                 let then = Then::new(&mut next, Some(&norms_at[1]), &forms);
                 decode_matmul(&device, &jobs, Product::Each, &read, EPS, Some(then)).unwrap();
                 let want = added(&x, square.product(&x, Some(&norms[0])));
                 let x = stream.read_floats().unwrap();
                 hold("sum", &x, &want);
                 // Gated, with the second norm.
-                let jobs = [job(&gate, &a), job(&up, &b)];
+                let jobs = [job(gate_at, &a), job(up_at, &b)];
                 decode_matmul(&device, &jobs, Product::Gated, &next, EPS, Some(Then::new(&mut inner, None, &forms))).unwrap();
                 let want = gated(&gate.product(&x, Some(&norms[1])), &up.product(&x, Some(&norms[1])));
                 let of_gate = a.read_floats().unwrap();
                 hold("gated", &of_gate, &want);
                 // And what is made of that.
                 let out = device.allocate("out", 4 * tokens * hidden).unwrap();
-                decode_matmul(&device, &[job(&down, &out)], Product::Each, &inner, EPS, None).unwrap();
+                decode_matmul(&device, &[job(down_at, &out)], Product::Each, &inner, EPS, None).unwrap();
                 hold("down", &out.read_floats().unwrap(), &down.product(&of_gate, None));
             }
         }
@@ -127,7 +133,7 @@ fn halves_of_a_step_overflow_no_sooner_than_floats() {
     let (hidden, tokens, large) = (544, 3, (1u32 << 30) as f32);
     for device in devices(&[false]) {
         for (block, form) in [(&blocks::F16, Form::F16), (&blocks::BF16, Form::Bf16)] {
-            let square = Loaded::new(&device, block, hidden, hidden, 1);
+            let square = Encoded::new(block, hidden, hidden, 1).upload(&device);
             let x = weights(tokens * hidden, 7, 13);
             let product = |by: f32| {
                 let x: Vec<f32> = x.iter().map(|v| v * by).collect();
@@ -167,16 +173,12 @@ fn a_step_takes_its_experts() {
                 let norm: Vec<f32> = weights(hidden, 8, 0).iter().map(|v| v.abs() + 0.1).collect();
                 let floats = |v: &[f32]| device.upload_floats("x", v).unwrap();
                 let (router, stream) = (Router { norm: floats(&norm), rows: floats(&rows), eps: EPS }, floats(&x));
-                let load = |rows, columns, seed| -> Vec<Loaded> {
-                    (0..choice.n_experts as u64).map(|e| Loaded::new(&device, block, rows, columns, seed + e)).collect()
+                let load = |rows, columns, seed| -> Vec<Encoded> {
+                    (0..choice.n_experts as u64).map(|e| Encoded::new(block, rows, columns, seed + e)).collect()
                 };
                 let (gate, up, down) = (load(ffn, hidden, 100), load(ffn, hidden, 200), load(hidden, ffn, 300));
-                // Of matrices of their own, as these take them.
-                let on_device = |of: &[Loaded]| {
-                    let upload = |l: &Loaded| WeightMatrix::upload(&device, block, l.rows, l.columns, &l.bytes).unwrap();
-                    ExpertMatrices::new(&device, of.iter().map(upload).collect()).unwrap()
-                };
-                let matrices = [&gate, &up, &down].map(|of| on_device(of));
+                let upload = |of: &Vec<Encoded>| ExpertMatrices::new(&device, of.iter().map(|m| m.upload(&device)).collect()).unwrap();
+                let matrices = [&gate, &up, &down].map(upload);
                 let [a, b] = [0, 1].map(|_| device.allocate("out", 4 * choice.n_used * tokens * ffn).unwrap());
                 let mut read = onward(&device, form, hidden, Holds::Scored(choice));
                 let mut inner = onward(&device, form, hidden.max(ffn), Holds::OfExperts(choice));
@@ -213,7 +215,7 @@ fn a_step_takes_its_experts() {
                 }
                 // What follows is of the new stream.
                 let out = device.allocate("out", 4 * tokens * ffn).unwrap();
-                decode_matmul(&device, &[job(&gate[0], &out)], Product::Each, &next, EPS, None).unwrap();
+                decode_matmul(&device, &[job(matrices[0].first(), &out)], Product::Each, &next, EPS, None).unwrap();
                 hold(&format!("{what}: next"), &out.read_floats().unwrap(), &gate[0].product(&got, None), 6e-6);
             }
         }

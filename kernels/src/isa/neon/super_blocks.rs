@@ -137,6 +137,20 @@ pub(super) unsafe fn q4_k<N: NeonRow, const BYTES: usize, const FIFTH: bool>(
     }
 }
 
+/// The rows' products `w[k]` of 16 columns, four of which lie in a byte's planes of 32: half `$half` of the block, plane
+/// `$k`, side `$l` of it.
+macro_rules! sub_block_of_16 {
+    ($k:literal, $half:literal, $l:literal, $isa:ident, $runs:ident, $total:ident, $w:ident, $q:ident, $scales:ident, $byte:ident) => {{
+        let x = vld1q_s8($q.add(128 * $half + 32 * $k + 16 * $l));
+        each_row!(4, |r| {
+            $runs.run[r] = $isa.dot($runs.run[r], vreinterpretq_s8_u8($w[$k][r]), x);
+        });
+        const S: usize = 8 * $half + 2 * $k + $l;
+        let scale = vreinterpretq_s32_u8(vqtbl1q_u8($scales[S / 4], $byte[S % 4]));
+        $total = vmlaq_s32($total, $runs.gained(), scale);
+    }};
+}
+
 /// Q6_K. A scale is read as 128 more, a byte without sign, and 128 times what all runs gained is taken off again.
 #[inline(always)]
 pub(super) unsafe fn q6_k<N: NeonRow>(isa: N, mut p: Rows, n: usize, x: &ActivationRow<'_>) -> float32x4_t {
@@ -171,21 +185,10 @@ pub(super) unsafe fn q6_k<N: NeonRow>(isa: N, mut p: Rows, n: usize, x: &Activat
                         w[0][r] = vsliq_n_u8::<4>(a, field(bits, 3));
                         w[1][r] = vsliq_n_u8::<4>(b, field(upper, 3));
                     });
-                    macro_rules! sub_block {
-                        ($k:literal) => {{
-                            let x = vld1q_s8(q.add(128 * $half + 32 * $k + 16 * $l));
-                            each_row!(4, |r| {
-                                runs.run[r] = isa.dot(runs.run[r], vreinterpretq_s8_u8(w[$k][r]), x);
-                            });
-                            const S: usize = 8 * $half + 2 * $k + $l;
-                            let scale = vreinterpretq_s32_u8(vqtbl1q_u8(scales[S / 4], byte[S % 4]));
-                            total = vmlaq_s32(total, runs.gained(), scale);
-                        }};
-                    }
-                    sub_block!(0);
-                    sub_block!(1);
-                    sub_block!(2);
-                    sub_block!(3);
+                    sub_block_of_16!(0, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(1, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(2, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(3, $half, $l, isa, runs, total, w, q, scales, byte);
                 }};
             }
             four_sub_blocks!(0, 0);
@@ -308,21 +311,10 @@ pub(super) unsafe fn two_bits<N: NeonRow, const BYTES: usize, const THIRD: bool>
                             }
                         }
                     });
-                    macro_rules! sub_block {
-                        ($k:literal) => {{
-                            let x = vld1q_s8(q.add(128 * $half + 32 * $k + 16 * $l));
-                            each_row!(4, |r| {
-                                runs.run[r] = isa.dot(runs.run[r], vreinterpretq_s8_u8(w[$k][r]), x);
-                            });
-                            const S: usize = 8 * $half + 2 * $k + $l;
-                            let scale = vreinterpretq_s32_u8(vqtbl1q_u8(scales[S / 4], byte[S % 4]));
-                            total = vmlaq_s32(total, runs.gained(), scale);
-                        }};
-                    }
-                    sub_block!(0);
-                    sub_block!(1);
-                    sub_block!(2);
-                    sub_block!(3);
+                    sub_block_of_16!(0, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(1, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(2, $half, $l, isa, runs, total, w, q, scales, byte);
+                    sub_block_of_16!(3, $half, $l, isa, runs, total, w, q, scales, byte);
                 }};
             }
             four_sub_blocks!(0, 0);
