@@ -21,7 +21,7 @@ struct AttentionArgs {
     uint32_t first_token; // of a step's sequence among all of its tokens; else 0
 };
 
-constexpr unsigned WARPS_OF_ATTENTION = 4, TILE = 32, ROWS = 16, PADDING = 8;
+constexpr unsigned WARPS_OF_ATTENTION = 4, TILE = 32, ROWS = 16, PADDING = 8, MOST_SPLITS = 64;
 constexpr float NONE = -1e30f;
 
 // One tile's keys or values; rows that are not wanted, and columns past `dim`, are zeros.
@@ -238,6 +238,45 @@ struct StepArgs {
     uint32_t all_tokens; // of all sequences
 };
 
+// A row of `out` from what each split has of it. One warp; many loads at a time, as each waits for L2.
+template <unsigned D> __device__ __forceinline__ void merge_splits(const AttentionArgs &a, size_t row, size_t all_rows, unsigned lane) {
+    constexpr unsigned EACH = MOST_SPLITS / WARP;
+    const size_t stride = all_rows * (a.value_dim + 2);
+    const float *p = a.partial + row * (a.value_dim + 2);
+    // Of this lane's splits.
+    float shares[EACH], weights[EACH], most = NONE, weight = 0, sums[D / WARP] = {};
+    UNROLL
+    for (unsigned i = 0; i < EACH; i++) {
+        const unsigned split = lane + i * WARP;
+        const bool there = split < a.n_splits;
+        shares[i] = there ? __ldcg(p + split * stride + a.value_dim) : NONE;
+        weights[i] = there ? __ldcg(p + split * stride + a.value_dim + 1) : 0.0f;
+        most = fmaxf(most, shares[i]);
+    }
+    most = warp_max(most);
+    UNROLL
+    for (unsigned i = 0; i < EACH; i++) {
+        shares[i] = exp2f(shares[i] - most);
+        weight += weights[i] * shares[i];
+    }
+    const float unit = 1.0f / warp_sum(weight);
+    p += lane;
+    UNROLL
+    for (unsigned i = 0; i < EACH; i++) {
+        const unsigned n = min(WARP, a.n_splits - min(a.n_splits, i * WARP));
+        UNROLL_BY(8)
+        for (unsigned split = 0; split < n; split++, p += stride) {
+            const float share = __shfl_sync(~0u, shares[i], split);
+            UNROLL
+            for (unsigned c = 0; c < D / WARP; c++)
+                if (c * WARP + lane < a.value_dim) sums[c] += __ldcg(p + c * WARP) * share;
+        }
+    }
+    UNROLL
+    for (unsigned c = 0; c < D / WARP; c++)
+        if (c * WARP + lane < a.value_dim) a.out[row * a.value_dim + c * WARP + lane] = sums[c] * unit;
+}
+
 // grid: sequences · (their rows / 16) × KV heads × splits of the context.
 template <unsigned D> __device__ __forceinline__ void attention_step(const StepArgs &args) {
     SHARED(uint16_t, memory);
@@ -258,19 +297,27 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     // A head a warp at a time: first the queries', then the keys', then the values'.
     let_next_begin();
     wait_for_previous();
-    const unsigned n_queries = min(ROWS, rows - block_row);
+    const unsigned n_queries = min(ROWS, rows - block_row), n_heads = n_queries + 2 * a.n_tokens;
     float *head = found + (ROWS + warp) * D;
-    for (unsigned i = warp; i < n_queries + 2 * a.n_tokens; i += WARPS_OF_ATTENTION) {
-        if (i < n_queries) {
-            const unsigned row = block_row + i;
-            rotate_head(args.rotation, QUERY, kv_head * a.group + row % a.group, a.first_token + row / a.group, lane, found + i * D);
+    const auto head_of = [&](unsigned i) -> HeadOf {
+        if (i < n_queries) return {QUERY, kv_head * a.group + (block_row + i) % a.group, a.first_token + (block_row + i) / a.group};
+        const unsigned t = (i - n_queries) % a.n_tokens;
+        return {i - n_queries < a.n_tokens ? KEY : VALUE, kv_head, a.first_token + t};
+    };
+    // The next head comes from memory while one is rotated.
+    Loaded loaded = load_head(args.rotation, head_of(min(warp, n_heads - 1)), lane);
+    for (unsigned i = warp; i < n_heads; i += WARPS_OF_ATTENTION) {
+        const Loaded now = loaded;
+        const HeadOf of = head_of(i);
+        if (i + WARPS_OF_ATTENTION < n_heads) loaded = load_head(args.rotation, head_of(i + WARPS_OF_ATTENTION), lane);
+        if (of.part == QUERY) {
+            rotate_head(args.rotation, of, now, lane, found + i * D);
             continue;
         }
-        const unsigned t = (i - n_queries) % a.n_tokens, position = a.first_position + t;
-        const Part part = i - n_queries < a.n_tokens ? KEY : VALUE;
+        const unsigned position = a.first_position + of.token - a.first_token;
         if (position / TILE < s.begin || position / TILE >= s.end) continue;
-        rotate_head(args.rotation, part, kv_head, a.first_token + t, lane, head);
-        append(args.rotation, part, stored_head, position, lane, head);
+        rotate_head(args.rotation, of, now, lane, head);
+        append(args.rotation, of.part, stored_head, position, lane, head);
         __syncwarp();
     }
     __syncthreads();
@@ -319,43 +366,32 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     // [split][row][value_dim + 2]: sums, maximum, weight; rows are (token, query head)
     const size_t all_rows = size_t(args.all_tokens) * a.n_kv_heads * a.group;
     const unsigned stride = a.value_dim + 2;
-    for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
-        const unsigned r = i / a.value_dim, column = i % a.value_dim;
-        if (block_row + r >= rows) continue;
-        float most = NONE, sum = 0, weight = 0;
-        for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) most = fmaxf(most, found[(w * ROWS + r) * STRIDE + D]);
+    for (unsigned r = warp; r < n_queries; r += WARPS_OF_ATTENTION) {
+        const float *of_warps = found + r * STRIDE;
+        float most = NONE, weight = 0, shares[WARPS_OF_ATTENTION];
+        UNROLL
+        for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) most = fmaxf(most, of_warps[w * ROWS * STRIDE + D]);
+        UNROLL
         for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) {
-            const float *p = found + (w * ROWS + r) * STRIDE;
-            const float share = exp2f(p[D] - most);
-            sum += p[column] * share;
-            weight += p[D + 1] * share;
+            shares[w] = exp2f(of_warps[w * ROWS * STRIDE + D] - most);
+            weight += of_warps[w * ROWS * STRIDE + D + 1] * shares[w];
         }
         const size_t of_all = row_of_all(a, block_row + r, kv_head);
-        if (a.n_splits == 1) {
-            a.out[of_all * a.value_dim + column] = sum / weight;
-            continue;
+        const bool whole = a.n_splits == 1;
+        float *p = whole ? a.out + of_all * a.value_dim : a.partial + (blockIdx.z * all_rows + of_all) * stride;
+        const float unit = whole ? 1.0f / weight : 1.0f;
+        for (unsigned column = lane; column < a.value_dim; column += WARP) {
+            float sum = 0;
+            UNROLL
+            for (unsigned w = 0; w < WARPS_OF_ATTENTION; w++) sum += of_warps[w * ROWS * STRIDE + column] * shares[w];
+            p[column] = sum * unit;
         }
-        float *p = a.partial + (blockIdx.z * all_rows + of_all) * stride;
-        p[column] = sum;
-        if (column == 0) p[a.value_dim] = most, p[a.value_dim + 1] = weight;
+        if (!whole && lane == 0) p[a.value_dim] = most, p[a.value_dim + 1] = weight;
     }
 
     if (a.n_splits > 1) {
         if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, 1, a.n_splits, flag)) return;
-        for (unsigned i = threadIdx.x; i < ROWS * a.value_dim; i += blockDim.x) {
-            const unsigned r = i / a.value_dim, column = i % a.value_dim;
-            if (block_row + r >= rows) continue;
-            const float *p = a.partial + row_of_all(a, block_row + r, kv_head) * stride;
-            float most = NONE, sum = 0, weight = 0;
-            for (unsigned k = 0; k < a.n_splits; k++) most = fmaxf(most, __ldcg(p + k * all_rows * stride + a.value_dim));
-            for (unsigned k = 0; k < a.n_splits; k++) {
-                const float *of_split = p + k * all_rows * stride;
-                const float share = exp2f(__ldcg(of_split + a.value_dim) - most);
-                sum += __ldcg(of_split + column) * share;
-                weight += __ldcg(of_split + a.value_dim + 1) * share;
-            }
-            a.out[row_of_all(a, block_row + r, kv_head) * a.value_dim + column] = sum / weight;
-        }
+        for (unsigned r = warp; r < n_queries; r += WARPS_OF_ATTENTION) merge_splits<D>(a, row_of_all(a, block_row + r, kv_head), all_rows, lane);
     }
 
     if (!args.onward.arrived) return;
@@ -373,4 +409,4 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
 KERNEL_OF(128, attention_many_64, AttentionArgs) { attention_many<64>(a); }
 KERNEL_OF(128, attention_many_128, AttentionArgs) { attention_many<128>(a); }
 KERNEL_BESIDE(128, 4, attention_step_64, StepArgs) { attention_step<64>(a); }
-KERNEL_BESIDE(128, 3, attention_step_128, StepArgs) { attention_step<128>(a); }
+KERNEL_BESIDE(128, 2, attention_step_128, StepArgs) { attention_step<128>(a); }

@@ -16,7 +16,8 @@ KERNEL_OF(256, rotate, RotateManyArgs) {
     float *head = heads + warp * max(r.key_dim, r.value_dim);
     const Part part = which < n ? QUERY : which < n + kv ? KEY : VALUE;
     const unsigned index = which - (part == QUERY ? 0 : part == KEY ? n : n + kv);
-    rotate_head(r, part, index, token, lane, head);
+    const HeadOf of = {part, index, token};
+    rotate_head(r, of, load_head(r, of, lane), lane, head);
     if (part == QUERY) {
         float *out = (float *)r.q + (size_t(token) * n + index) * r.key_dim;
         for (unsigned i = lane; i < r.key_dim; i += WARP) out[i] = head[i];

@@ -18,25 +18,44 @@ struct RotateArgs {
 
 enum Part { QUERY, KEY, VALUE };
 
-// A token's head, of 128 values at most, by one warp, from the projections into `head`, in shared memory.
-__device__ __forceinline__ void rotate_head(const RotateArgs &a, Part part, unsigned index, unsigned token, unsigned lane, float *head) {
-    const unsigned n = part == QUERY ? a.n_heads : a.n_kv_heads, dim = part == VALUE ? a.value_dim : a.key_dim;
-    const float *from = (part == QUERY ? a.q : part == KEY ? a.k : a.v) + (size_t(token) * n + index) * dim;
+// One head of one token.
+struct HeadOf {
+    Part part;
+    unsigned index, token;
+};
+
+// What of a head, of 128 values at most, comes from memory: this lane's values and those of the table of its pairs.
+struct Loaded {
+    static constexpr unsigned MOST = 128 / WARP;
+    float v[MOST], cosine[MOST / 2], sine[MOST / 2];
+};
+
+__device__ __forceinline__ Loaded load_head(const RotateArgs &a, const HeadOf &of, unsigned lane) {
+    const unsigned n = of.part == QUERY ? a.n_heads : a.n_kv_heads, dim = of.part == VALUE ? a.value_dim : a.key_dim;
+    const float *from = (of.part == QUERY ? a.q : of.part == KEY ? a.k : a.v) + (size_t(of.token) * n + of.index) * dim;
+    Loaded l;
+    UNROLL
+    for (unsigned k = 0; k < Loaded::MOST; k++) l.v[k] = lane + k * WARP < dim ? __ldcg(from + lane + k * WARP) : 0.0f;
+    UNROLL
+    for (unsigned k = 0; k < Loaded::MOST / 2; k++) {
+        const unsigned i = lane + k * WARP;
+        const bool rotated = of.part != VALUE && i < a.pairs;
+        l.cosine[k] = rotated ? a.cos[of.token * a.pairs + i] : 0.0f;
+        l.sine[k] = rotated ? a.sin[of.token * a.pairs + i] : 0.0f;
+    }
+    return l;
+}
+
+// A head, by one warp, from the projections into `head`, in shared memory.
+__device__ __forceinline__ void rotate_head(const RotateArgs &a, const HeadOf &of, const Loaded &loaded, unsigned lane, float *head) {
+    constexpr unsigned MOST = Loaded::MOST;
+    const auto [part, index, token] = of;
+    const unsigned dim = part == VALUE ? a.value_dim : a.key_dim;
     const float *bias = part == QUERY ? a.q_bias : part == KEY ? a.k_bias : a.v_bias;
     const float *norm = part == QUERY ? a.q_norm : part == KEY ? a.k_norm : nullptr;
-    // All that comes from memory is asked for before any of it is waited for.
-    constexpr unsigned MOST = 128 / WARP;
-    float v[MOST], cosine[MOST / 2], sine[MOST / 2];
+    float v[MOST], squares = 0;
     UNROLL
-    for (unsigned k = 0; k < MOST; k++) v[k] = lane + k * WARP < dim ? __ldcg(from + lane + k * WARP) : 0.0f;
-    UNROLL
-    for (unsigned k = 0; k < MOST / 2; k++) {
-        const unsigned i = lane + k * WARP;
-        const bool rotated = part != VALUE && i < a.pairs;
-        cosine[k] = rotated ? a.cos[token * a.pairs + i] : 0.0f;
-        sine[k] = rotated ? a.sin[token * a.pairs + i] : 0.0f;
-    }
-    float squares = 0;
+    for (unsigned k = 0; k < MOST; k++) v[k] = loaded.v[k];
     UNROLL
     for (unsigned k = 0; k < MOST; k++) {
         const unsigned i = lane + k * WARP;
@@ -58,8 +77,8 @@ __device__ __forceinline__ void rotate_head(const RotateArgs &a, Part part, unsi
         if (i >= a.pairs) continue;
         const unsigned lo = a.adjacent ? 2 * i : i, hi = a.adjacent ? 2 * i + 1 : i + a.pairs;
         const float x = head[lo], y = head[hi];
-        head[lo] = x * cosine[k] - y * sine[k];
-        head[hi] = x * sine[k] + y * cosine[k];
+        head[lo] = x * loaded.cosine[k] - y * loaded.sine[k];
+        head[hi] = x * loaded.sine[k] + y * loaded.cosine[k];
     }
     __syncwarp();
     if (part == QUERY && a.q_scales) {
