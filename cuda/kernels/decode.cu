@@ -18,14 +18,13 @@ KERNEL_OF(256, decode_begin, BeginArgs) {
 template <bool GATED, bool ALONE> __device__ __forceinline__ void decode(const DecodeArgs &a) {
     SHARED(uint8_t, memory);
     let_next_begin();
-    Decode<Kind<GATED, ALONE, false>> decode(a, memory, nullptr);
+    Decode<Kind<GATED, ALONE, false>> decode(a, memory, nullptr, nullptr);
     decode.begin();
     wait_for_previous();
-    decode.find_scales();
-    decode.run_all();
+    decode.run();
 }
 
-KERNEL_BESIDE(384, 1, decode_matmul, DecodeArgs) { decode<false, false>(a); }
-KERNEL_BESIDE(384, 1, decode_gated, DecodeArgs) { decode<true, false>(a); }
-KERNEL_BESIDE(384, 1, decode_matmul_alone, DecodeArgs) { decode<false, true>(a); }
-KERNEL_BESIDE(384, 1, decode_gated_alone, DecodeArgs) { decode<true, true>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_matmul, DecodeArgs) { decode<false, false>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_gated, DecodeArgs) { decode<true, false>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_matmul_alone, DecodeArgs) { decode<false, true>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_gated_alone, DecodeArgs) { decode<true, true>(a); }

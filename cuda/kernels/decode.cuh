@@ -1,13 +1,15 @@
 // Matmuls of a few tokens: what comes in was quantized by the launch before,
 // what goes out is quantized by the blocks that complete it.
 //
-//   a block     some row tiles, one after the other in runs of at most RUN of one matrix
-//   a run       its chunks, slab by slab and in a slab tile by tile, shared evenly among the warps
-//   a warp      STAGES chunks on their way to its part of shared memory, of this run or the next ones
+//   a block     some row tiles, ROUND at a time: of one matrix or, side by side, of all of a group
+//   a round     its chunks, tile by tile, shared evenly among the warps; in phases, if shared memory
+//               has not room for all slabs of the activations at once
+//   a warp      one run of chunks, tile after tile, STAGES on their way to its part of shared memory,
+//               of this phase or the next ones; what it has of a tile is a sum in registers, and then
+//               a part that waits for the other warps' in shared memory
 //
-// A slab's activations stay in registers for all tiles of a run. As weights
-// depend on no launch, a block asks for its first ones, and for some more to
-// come to L2, before it waits for what the launch before leaves (`wait_for_previous`).
+// As weights depend on no launch, a block asks for its first ones, and for more to come to L2, before it waits for what
+// the launch before leaves (`wait_for_previous`). Nothing but the end of a phase makes a warp wait for others.
 //
 // Experts' first products are of each expert that some token takes, one after the other, with all tokens; of those that
 // take it the output goes to the plane of the expert's place in the token's choice (best first). Their last product is
@@ -19,27 +21,19 @@
 
 struct DecodeArgs {
     Matrix matrices[3];
-    Forms x;
-    const float *units;   // [slab][FEW tokens] of halves
-    const float *squares; // [token][slab] of what x was before its norm; null: there was none
-    Onward onward;        // of the first matrix's output
+    uint32_t chunk_bytes[4]; // of each matrix
+    const void *x[4];        // per 32, per 256, halves, bfloats as `Onward` has them; null: no matrix takes them
+    uint32_t x_at[4];        // where they are in this launch's part of shared memory
+    const float *squares;    // [token][slab] of what x was before its norm; null: there was none
+    Onward onward;           // of the first matrix's output
     uint32_t n_matrices, n_tokens, n_columns;
     float eps;
-    uint32_t stage_bytes; // room for a chunk of any of the matrices
+    uint32_t stage_bytes;  // room for a chunk of any of the matrices
+    uint32_t phase_slabs;  // of a phase
+    uint32_t padding[2];
 };
 
-constexpr unsigned STAGES = 3, RUN = 4, L2_AHEAD = 8;
-
-__device__ __forceinline__ unsigned chunk_bytes(unsigned type) {
-    switch (type) {
-#define BYTES(W, id) \
-    case id: return types::W::CHUNK;
-        QUANTIZED_TYPES(BYTES)
-        HALF_TYPES(BYTES)
-#undef BYTES
-    }
-    return 0;
-}
+constexpr unsigned STAGES = 3, ROUND = 32, AHEAD = 8;
 
 // 1 / rms of a token's row before its norm, or 1. One warp.
 __device__ __forceinline__ float norm_scale_of(const DecodeArgs &a, unsigned n_slabs, unsigned token, unsigned lane) {
@@ -65,105 +59,135 @@ struct alignas(16) Taken {
 template <bool GATED_, bool ALONE_, bool EXPERTS_> struct Kind {
     static constexpr bool GATED = GATED_, ALONE = ALONE_, EXPERTS = EXPERTS_;
     static constexpr bool EACH_EXPERT = EXPERTS && GATED, ALL_EXPERTS = EXPERTS && !GATED;
+    static constexpr unsigned MATRICES = GATED ? 2 : 1; // of an output tile
 };
 
-struct Run {
-    unsigned which, tile, n; // row tiles of a matrix
-    unsigned expert;         // of those taken
+// Row tiles of the output. Of a gated product those of the first matrix, then the same ones of the second.
+struct Round {
+    unsigned first, n;
+    unsigned expert; // of those taken, if each is by itself
 };
 
-// A block's runs. Of a gated product a run of the first matrix, then the same tiles of the second.
-template <class K> struct Runs {
+template <class K> struct Rounds {
     unsigned unit, end;
-    bool second = false;
 
-    __device__ __forceinline__ Runs(const DecodeArgs &a, const Taken *taken) {
+    __device__ __forceinline__ Rounds(const DecodeArgs &a, const Taken *taken) {
         unsigned units = 0;
         for (unsigned i = 0; i < (K::GATED ? 1 : a.n_matrices); i++) units += row_tiles(a.matrices[i]);
         if (K::EACH_EXPERT) units *= taken->n;
-        unit = unsigned(uint64_t(units) * blockIdx.x / gridDim.x), end = unsigned(uint64_t(units) * (blockIdx.x + 1) / gridDim.x);
+        const unsigned each = units / gridDim.x, more = units % gridDim.x;
+        unit = blockIdx.x * each + min(blockIdx.x, more), end = unit + each + (blockIdx.x < more);
     }
     __device__ __forceinline__ bool there() const { return unit < end; }
-    __device__ __forceinline__ Run now(const DecodeArgs &a) const {
-        if (K::EACH_EXPERT) {
-            const unsigned tiles = row_tiles(a.matrices[0]), tile = unit % tiles;
-            return {second, tile, min(RUN, min(end - unit, tiles - tile)), unit / tiles};
-        }
-        if (K::GATED) return {second, unit, min(RUN, end - unit), 0};
-        Run run = {0, unit, 0, 0};
-        while (run.tile >= row_tiles(a.matrices[run.which])) run.tile -= row_tiles(a.matrices[run.which++]);
-        run.n = min(RUN, min(end - unit, row_tiles(a.matrices[run.which]) - run.tile));
-        return run;
-    }
-    __device__ __forceinline__ void pass(const Run &run) {
-        if (!K::GATED || second) unit += run.n;
-        second = K::GATED && !second;
+    __device__ __forceinline__ Round now(const DecodeArgs &a) const {
+        const unsigned n = min(ROUND / K::MATRICES, end - unit);
+        if (!K::EACH_EXPERT) return {unit, n, 0};
+        const unsigned tiles = row_tiles(a.matrices[0]), expert = unit / tiles, first = unit - expert * tiles;
+        return {first, min(n, tiles - first), expert};
     }
 };
 
-// Those of a run's chunks that are a warp's; chunk k is of slab k / n and the run's tile k % n.
+// A warp's part of a phase: chunks in the order of tiles, as many of each as a phase has slabs (the last phase too).
 struct Share {
-    unsigned begin, end;
-    __device__ __forceinline__ Share(unsigned chunks, unsigned warp, unsigned warps) : begin(chunks * warp / warps), end(chunks * (warp + 1) / warps) {}
+    unsigned tile, slab, n;
+
+    __device__ __forceinline__ Share(unsigned tiles, unsigned slabs, unsigned warp, unsigned warps) {
+        const unsigned chunks = tiles * slabs, begin = chunks * warp / warps;
+        tile = begin / slabs, slab = begin - tile * slabs, n = chunks * (warp + 1) / warps - begin;
+    }
+    // The first or last warp that has a part of chunk `chunk`.
+    static __device__ __forceinline__ unsigned warp_of(unsigned chunk, unsigned chunks, unsigned warps) { return ((chunk + 1) * warps - 1) / chunks; }
 };
 
-// A warp's chunks in the order in which it multiplies them.
-template <class K> struct Chunks {
-    Runs<K> runs;
-    const Taken *taken;
-    unsigned n_slabs, tile, n, left, bytes;
-    const uint8_t *at; // null: no more
-    int32_t tile_bytes, back; // to the same slab's next tile; from its last tile to the next slab's first
-    unsigned slab, expert, first_tile; // of all experts' slabs: where `at` is
-
-    __device__ __forceinline__ Chunks(const DecodeArgs &a, const Taken *taken, unsigned n_slabs, unsigned warp, unsigned warps)
-        : runs(a, taken), taken(taken), n_slabs(n_slabs) {
-        next_run(a, warp, warps);
-    }
-    __device__ __forceinline__ void next_run(const DecodeArgs &a, unsigned warp, unsigned warps) {
-        for (at = nullptr; runs.there() && !at;) {
-            const Run run = runs.now(a);
-            const Matrix &m = a.matrices[run.which];
-            const Share share(run.n * n_slabs * (K::ALL_EXPERTS ? taken->n : 1), warp, warps);
-            n = run.n, left = share.end - share.begin, tile = share.begin % n, bytes = chunk_bytes(m.type), tile_bytes = int32_t(n_slabs * bytes);
-            back = int32_t(n - 1) * tile_bytes - int32_t(bytes);
-            slab = share.begin / n, expert = run.expert, first_tile = run.tile;
-            if (K::ALL_EXPERTS) expert = slab / n_slabs, slab %= n_slabs;
-            if (left) at = (K::EXPERTS ? m.by_expert[taken->experts[expert]] : m.chunks) + size_t(run.tile + tile) * tile_bytes + slab * bytes;
-            runs.pass(run);
-        }
-    }
-    __device__ __forceinline__ void pass(const DecodeArgs &a, unsigned warp, unsigned warps) {
-        if (--left == 0) return next_run(a, warp, warps);
-        if (++tile < n) at += tile_bytes;
-        else tile = 0, at -= back, next_expert(a);
-    }
-    __device__ __forceinline__ void next_expert(const DecodeArgs &a) {
-        if (!K::ALL_EXPERTS || ++slab < n_slabs) return;
-        slab = 0, at = a.matrices[0].by_expert[taken->experts[++expert]] + size_t(first_tile) * tile_bytes;
-    }
+// Chunks of one tile that lie after each other.
+struct Piece {
+    const uint8_t *at;
+    unsigned which, slab, n; // matrix; slab of the phase
+    unsigned span;           // of the share, with those that are past the last slab
 };
 
 template <class K> struct Decode {
     static constexpr bool GATED = K::GATED, ALONE = K::ALONE;
-    template <class W> using Quantized = std::conditional_t<ALONE, HeldAlone<W>, Held<W>>;
+    template <class W> using Quantized = std::conditional_t<ALONE, OfOne<W>, OfFew<W>>;
     struct alignas(ALONE ? 8 : 16) Part {
         float v[ALONE ? 2 : 4];
     };
     const DecodeArgs &a;
     const unsigned n_slabs, warp, lane, warps;
-    uint8_t *ring; // this warp's stages
-    Part *parts;   // [product][tile of a run][warp][lane]
-    float *scales; // [token]
-    uint32_t *flag;
+    unsigned n_phases;
+    uint8_t *ring, *stage; // this warp's stages, the one that is multiplied next
+    Part *parts;           // [tile of a round + warp][lane]
+    float *scales;         // [token]
+    uint32_t *flags;       // [slab of a round's output]
+    uint8_t *x;            // of a phase: [form][slab][token]
     const Taken *taken;
-    Chunks<K> coming;
-    unsigned stage = 0;
+    const uint8_t *const *experts; // [matrix][taken]: their chunks
 
-    __device__ __forceinline__ Decode(const DecodeArgs &a, uint8_t *memory, const Taken *taken)
+    // What is asked for next.
+    struct {
+        Rounds<K> rounds;
+        Round round;
+        Share share;
+        unsigned phase, tile, slab, left; // of the share
+        const uint8_t *at;                // null: no more
+        unsigned n, bytes;                // of the piece; of a chunk
+    } coming;
+
+    __device__ __forceinline__ Decode(const DecodeArgs &a, uint8_t *memory, const Taken *taken, const uint8_t *const *experts)
         : a(a), n_slabs((a.n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP), warps(blockDim.x / WARP),
-          ring(memory + warp * STAGES * a.stage_bytes), parts((Part *)(memory + warps * STAGES * a.stage_bytes)),
-          scales((float *)(parts + (GATED ? 2 : 1) * RUN * warps * WARP)), flag((uint32_t *)(scales + FEW)), taken(taken), coming(a, taken, n_slabs, warp, warps) {}
+          n_phases((n_slabs + a.phase_slabs - 1) / a.phase_slabs * (K::ALL_EXPERTS ? taken->n : 1)), ring(memory + warp * STAGES * a.stage_bytes), stage(ring),
+          parts((Part *)(memory + warps * STAGES * a.stage_bytes)), scales((float *)(parts + (ROUND + warps) * WARP)), flags((uint32_t *)(scales + FEW)),
+          x((uint8_t *)(flags + 4)), taken(taken), experts(experts), coming{Rounds<K>(a, taken), {}, Share(1, 1, 0, 1), 0, 0, 0, 0, nullptr, 0, 0} {
+        if (coming.rounds.there()) begin_round(), next_piece();
+    }
+
+    // Which expert's and slabs' a phase is.
+    __device__ __forceinline__ unsigned expert_of(unsigned phase) const { return K::ALL_EXPERTS ? phase / (n_phases / taken->n) : 0; }
+    __device__ __forceinline__ unsigned first_slab(unsigned phase) const {
+        if (K::ALL_EXPERTS) phase %= n_phases / taken->n;
+        return phase * a.phase_slabs;
+    }
+
+    // A warp's piece of `tile` of a round, from `slab` of a phase on.
+    __device__ __forceinline__ Piece piece(const Round &round, unsigned phase, unsigned tile, unsigned slab, unsigned left) const {
+        Piece p;
+        unsigned row_tile = round.first + tile;
+        p.which = 0;
+        if (GATED && tile >= round.n) p.which = 1, row_tile -= round.n;
+        while (!GATED && row_tile >= row_tiles(a.matrices[p.which])) row_tile -= row_tiles(a.matrices[p.which++]);
+        const unsigned first = first_slab(phase) + slab;
+        p.slab = slab, p.span = min(a.phase_slabs - slab, left), p.n = min(p.span, n_slabs > first ? n_slabs - first : 0);
+        const uint8_t *chunks = K::EXPERTS ? experts[p.which * taken->n + (K::ALL_EXPERTS ? expert_of(phase) : round.expert)] : a.matrices[p.which].chunks;
+        p.at = chunks + (size_t(row_tile) * n_slabs + first) * a.chunk_bytes[p.which];
+        return p;
+    }
+
+    __device__ __forceinline__ void begin_round() {
+        coming.round = coming.rounds.now(a);
+        coming.share = Share(coming.round.n * K::MATRICES, a.phase_slabs, warp, warps);
+        coming.phase = 0, begin_phase();
+    }
+    __device__ __forceinline__ void begin_phase() { coming.tile = coming.share.tile, coming.slab = coming.share.slab, coming.left = coming.share.n; }
+
+    __device__ __forceinline__ void next_piece() {
+        for (coming.n = 0; coming.n == 0;) {
+            while (coming.left == 0) {
+                if (++coming.phase < n_phases) {
+                    begin_phase();
+                    continue;
+                }
+                coming.rounds.unit += coming.round.n;
+                if (!coming.rounds.there()) {
+                    coming.at = nullptr;
+                    return;
+                }
+                begin_round();
+            }
+            const Piece p = piece(coming.round, coming.phase, coming.tile, coming.slab, coming.left);
+            coming.at = p.at, coming.n = p.n, coming.bytes = a.chunk_bytes[p.which];
+            coming.left -= p.span, coming.tile++, coming.slab = 0;
+        }
+    }
 
     // Of a chunk the copies of a warp that begin from byte FROM on, up to byte TO; those below SURE are of every chunk.
     static constexpr unsigned AT_A_TIME = WARP * 16;
@@ -172,131 +196,192 @@ template <class K> struct Decode {
         for (unsigned i = (FROM + AT_A_TIME - 1) / AT_A_TIME * AT_A_TIME; i < TO; i += AT_A_TIME)
             if (i + AT_A_TIME <= SURE || lane * 16 + i < coming.bytes) copy_async(to + lane * 16 + i, coming.at + lane * 16 + i);
     }
+    // The next chunk of the piece; whoever asks sees to what comes after its last one.
     __device__ __forceinline__ void fetch(uint8_t *to) {
         if (coming.at) {
             copy_part<0, types::Q4_K::CHUNK, types::Q4_0::CHUNK>(to);
             if (coming.bytes > types::Q4_K::CHUNK) copy_part<types::Q4_K::CHUNK, types::Q8_0::CHUNK>(to);
             if (coming.bytes > types::Q8_0::CHUNK) copy_part<types::Q8_0::CHUNK, types::F16::CHUNK>(to);
-            coming.pass(a, warp, warps);
+            coming.at += coming.bytes;
         }
         commit_copies();
     }
+    __device__ __forceinline__ void pass(unsigned fetched) {
+        if (coming.at && (coming.n -= fetched) == 0) next_piece();
+    }
 
     __device__ __forceinline__ void begin() {
-        for (unsigned i = 0; i < STAGES; i++) fetch(ring + i * a.stage_bytes);
-        Chunks<K> later = coming;
-        for (unsigned i = 0; i < L2_AHEAD && later.at; i++, later.pass(a, warp, warps))
-            for (unsigned line = lane * 128; line < later.bytes; line += WARP * 128) prefetch(later.at + line);
+        for (unsigned i = 0; i < STAGES; i++) fetch(ring + i * a.stage_bytes), pass(1);
+        if (coming.at) prefetch_run(coming.at, min(coming.n, AHEAD) * coming.bytes, lane);
     }
 
     __device__ __forceinline__ void find_scales() {
-        for (unsigned token = warp; token < FEW; token += warps) {
-            const float scale = token < a.n_tokens ? norm_scale_of(a, n_slabs, token, lane) : 1.0f;
+        for (unsigned token = warp; token < a.n_tokens; token += warps) {
+            const float scale = norm_scale_of(a, n_slabs, token, lane);
             if (lane == 0) scales[token] = scale;
         }
     }
 
-    // With `Inputs` of blocks `x`.
-    template <class Inputs, class Block> __device__ __forceinline__ void multiply(const Run &run, Part *sums, const Block *x) {
-        const Share share(run.n * n_slabs * (K::ALL_EXPERTS ? taken->n : 1), warp, warps);
-        sums += warp * WARP + lane;
-        for (unsigned tile = 0; tile < run.n; tile++) sums[tile * warps * WARP] = {};
-        unsigned tile = share.begin % run.n;
-        unsigned slab = share.begin / run.n;
-        for (unsigned left = share.end - share.begin; left > 0; slab++) {
-            const Inputs inputs = read<Inputs>(x, slab);
-            constexpr unsigned RESULTS = Inputs::RESULTS;
-            for (; tile < run.n && left > 0; tile++, left--) {
-                wait_for_copies<STAGES - 1>();
-                __syncwarp();
-                uint8_t *at = ring + stage * a.stage_bytes;
-                float products[RESULTS];
-                inputs.multiply(at, lane, products);
-                Part sum = sums[tile * warps * WARP];
-                UNROLL
-                for (unsigned i = 0; i < RESULTS; i++) sum.v[i] += products[i];
-                sums[tile * warps * WARP] = sum;
-                __syncwarp();
-                fetch(at);
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
-            }
-            if (tile == run.n) tile = 0;
-        }
-    }
-
-    template <class Inputs, class Block> __device__ __forceinline__ Inputs read(const Block *x, unsigned slab) const {
-        if constexpr (K::ALL_EXPERTS) {
-            const unsigned expert = slab / n_slabs, own = slab % n_slabs;
-            return Inputs(OfExpert<Block>{x + own, a.units + own * FEW, taken->planes[expert], taken->shares[expert], n_slabs, a.n_tokens}, lane);
+    // Activations of a phase to shared memory, by all threads.
+    template <class Block> __device__ __forceinline__ void load_form(unsigned form, unsigned phase) {
+        constexpr unsigned UNITS = sizeof(Block) / 16;
+        const unsigned first = first_slab(phase), n = min(a.phase_slabs, n_slabs - first) * a.n_tokens * UNITS;
+        const auto *from = (const uint4 *)a.x[form];
+        auto *to = (uint4 *)(x + a.x_at[form]);
+        if constexpr (!K::ALL_EXPERTS) {
+            from += size_t(first) * a.n_tokens * UNITS;
+            UNROLL_BY(4)
+            for (unsigned i = threadIdx.x; i < n; i += blockDim.x) to[i] = __ldcg(from + i);
         } else {
-            return Inputs(OfAll<Block>{x + slab, a.units + slab * FEW, a.n_tokens}, lane);
+            const unsigned expert = expert_of(phase);
+            for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
+                const unsigned unit = i % UNITS, block = i / UNITS, token = block % a.n_tokens, slab = first + block / a.n_tokens, plane = taken->planes[expert][token];
+                uint4 v = {0, 0, 0, 0};
+                if (plane != NOBODY) v = __ldcg(from + ((size_t(plane) * n_slabs + slab) * a.n_tokens + token) * UNITS + unit);
+                if (is_scale(form, unit)) v = scaled(v, taken->shares[expert][token]);
+                to[i] = v;
+            }
+        }
+    }
+    // Whether 16 bytes of a block are floats that a token's share goes into.
+    static __device__ __forceinline__ bool is_scale(unsigned form, unsigned unit) {
+        if (form < 2) return unit == 16 || unit == 17 || (form == 0 && unit > 17);
+        return unit == 32;
+    }
+    static __device__ __forceinline__ uint4 scaled(uint4 v, float share) {
+        const auto by = [&](uint32_t word) { return uint32_t(__float_as_int(__int_as_float(int(word)) * share)); };
+        return {by(v.x), by(v.y), by(v.z), by(v.w)};
+    }
+    __device__ __forceinline__ void load_inputs(unsigned phase) {
+        for (unsigned form = 0; form < 2; form++)
+            if (a.x[form]) load_form<TokenBlock>(form, phase);
+        for (unsigned form = 2; form < 4; form++)
+            if (a.x[form]) load_form<HalfTokenBlock>(form, phase);
+    }
+
+    static constexpr unsigned RESULTS = sizeof(Part) / sizeof(float);
+    // `n` chunks of a matrix, from a slab of the phase on; as many are asked for.
+    template <class Product> __device__ __forceinline__ void multiply(unsigned slab, unsigned n, unsigned form, float (&sums)[RESULTS]) {
+        const Product product(a.n_tokens, lane);
+        const auto *inputs = (const typename Product::Block *)(x + a.x_at[form]) + slab * a.n_tokens;
+        for (; n > 0; n--, inputs += a.n_tokens) {
+            wait_for_copies<STAGES - 1>();
+            __syncwarp();
+            product.multiply(stage, inputs, lane, sums);
+            __syncwarp();
+            fetch(stage);
+            stage += a.stage_bytes;
+            if (stage == ring + STAGES * a.stage_bytes) stage = ring;
         }
     }
 
-    // The warps' parts add up in order: the same sums each time.
-    __device__ __forceinline__ float product(unsigned which, unsigned tile, unsigned row, unsigned token) const {
-        const Part *part = parts + (which * RUN + tile) * warps * WARP + row % 8 * 4 + (ALONE ? 0 : token / 2);
+    __device__ __forceinline__ void multiply_phase(const Round &round, unsigned phase) {
+        const Share share(round.n * K::MATRICES, a.phase_slabs, warp, warps);
+        unsigned tile = share.tile, slab = share.slab;
+        for (unsigned left = share.n; left > 0; tile++, slab = 0) {
+            const Piece p = piece(round, phase, tile, slab, left);
+            float sums[RESULTS] = {};
+            // As far as both what is multiplied and what is asked for are of one piece.
+            for (unsigned done = 0, n; done < p.n; done += n) {
+                n = coming.at ? min(p.n - done, coming.n) : p.n - done;
+                switch (a.matrices[p.which].type) {
+#define QUANTIZED(W, id) \
+    case id: multiply<Quantized<types::W>>(p.slab + done, n, types::W::INTEGER_SCALES, sums); break;
+#define HALF(W, id) \
+    case id: multiply<OfHalves<types::W, ALONE>>(p.slab + done, n, id == 1 ? 2 : 3, sums); break;
+                    QUANTIZED_TYPES(QUANTIZED)
+                    HALF_TYPES(HALF)
+#undef QUANTIZED
+#undef HALF
+                }
+                pass(n);
+            }
+            left -= p.span;
+            Part &part = parts[(tile + warp) * WARP + lane];
+            UNROLL
+            for (unsigned i = 0; i < RESULTS; i++) part.v[i] += sums[i];
+        }
+    }
+
+    // A tile's row times a token. The warps' parts add up in order: the same sums each time. (A tile and a warp that has
+    // part of it add up to a number that no other two do, as warps have tiles in order.)
+    __device__ __forceinline__ float product(const Round &round, unsigned tile, unsigned row, unsigned token) const {
+        const unsigned chunks = round.n * K::MATRICES * a.phase_slabs, first = tile * a.phase_slabs;
+        const unsigned last = Share::warp_of(first + a.phase_slabs - 1, chunks, warps);
         float v = 0;
-        for (unsigned w = 0; w < warps; w++, part += WARP) {
+        for (unsigned w = Share::warp_of(first, chunks, warps); w <= last; w++) {
+            const Part *part = parts + (tile + w) * WARP + row % 8 * 4 + (ALONE ? 0 : token / 2);
             if (!ALONE) v += part->v[row / 8 * 2 + token % 2];
             else v += (part[0].v[row / 8] + part[1].v[row / 8]) + (part[2].v[row / 8] + part[3].v[row / 8]);
         }
         return v * scales[token];
     }
 
-    __device__ __forceinline__ void put(const Matrix &m, const Run &run) {
-        constexpr unsigned TOKENS = ALONE ? 1 : FEW;
-        for (unsigned i = threadIdx.x; i < run.n * TILE_ROWS * TOKENS; i += blockDim.x) {
-            const unsigned r = i % TILE_ROWS, token = i / TILE_ROWS % TOKENS, tile = i / (TILE_ROWS * TOKENS), row = (run.tile + tile) * TILE_ROWS + r;
-            if (token >= a.n_tokens || row >= m.rows || !takes(run, token)) continue;
-            float v = product(0, tile, r, token);
-            if (GATED) v = v / (1.0f + expf(-v)) * product(1, tile, r, token);
-            float *out = row_of(m, run, token) + row;
+    __device__ __forceinline__ void put(const Round &round) {
+        const unsigned tokens = ALONE ? 1 : a.n_tokens;
+        for (unsigned i = threadIdx.x; i < round.n * TILE_ROWS * tokens; i += blockDim.x) {
+            const unsigned row = i % TILE_ROWS, tile = i / TILE_ROWS % round.n, token = ALONE ? 0 : i / TILE_ROWS / round.n;
+            unsigned row_tile = round.first + tile, which = 0;
+            while (!GATED && row_tile >= row_tiles(a.matrices[which])) row_tile -= row_tiles(a.matrices[which++]);
+            const Matrix &m = a.matrices[which];
+            const unsigned r = row_tile * TILE_ROWS + row;
+            if (r >= m.rows || !takes(round, token)) continue;
+            float v = product(round, tile, row, token);
+            if (GATED) v = v / (1.0f + expf(-v)) * product(round, round.n + tile, row, token);
+            float *out = row_of(m, round, token) + r;
             *out = m.add ? __ldcg(out) + v : v;
         }
     }
 
-    __device__ __forceinline__ bool takes(const Run &run, unsigned token) const { return !K::EACH_EXPERT || taken->planes[run.expert][token] != NOBODY; }
-    __device__ __forceinline__ unsigned plane_of(const Run &run, unsigned token) const { return K::EACH_EXPERT ? taken->planes[run.expert][token] : 0; }
+    __device__ __forceinline__ bool takes(const Round &round, unsigned token) const { return !K::EACH_EXPERT || taken->planes[round.expert][token] != NOBODY; }
+    __device__ __forceinline__ unsigned plane_of(const Round &round, unsigned token) const { return K::EACH_EXPERT ? taken->planes[round.expert][token] : 0; }
     // [plane][token]
-    __device__ __forceinline__ float *row_of(const Matrix &m, const Run &run, unsigned token) const {
-        return m.out + (size_t(plane_of(run, token)) * a.n_tokens + token) * m.stride;
+    __device__ __forceinline__ float *row_of(const Matrix &m, const Round &round, unsigned token) const {
+        return m.out + (size_t(plane_of(round, token)) * a.n_tokens + token) * m.stride;
     }
 
-    // Slabs of the output that are complete with this run.
-    __device__ __forceinline__ void quantize_next(const Matrix &m, const Run &run) {
+    // Slabs of the first matrix's output that are complete with this round, three at most.
+    __device__ __forceinline__ void quantize_next(const Round &round) {
         constexpr unsigned TILES = CHUNK_COLUMNS / TILE_ROWS;
-        for (unsigned slab = run.tile / TILES; slab * TILES < run.tile + run.n; slab++) {
-            const unsigned first = slab * TILES, own = min(first + TILES, run.tile + run.n) - max(first, run.tile);
-            if (!comes_last(a.onward.arrived + run.expert * ((m.rows + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS) + slab, own, min(TILES, row_tiles(m) - first), flag)) continue;
-            for (unsigned token = warp; token < a.n_tokens; token += warps)
-                if (takes(run, token)) quantize_onward(a.onward, row_of(m, run, token), token, slab, m.rows, lane, plane_of(run, token));
+        static_assert(ROUND / TILES + 1 <= 4, "flags");
+        const Matrix &m = a.matrices[0];
+        const unsigned tiles = row_tiles(m), end = round.first + round.n, first_slab = round.first / TILES, slabs = (end - 1) / TILES + 1 - first_slab;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x < slabs) {
+            const unsigned slab = first_slab + threadIdx.x, first = slab * TILES, own = min(first + TILES, end) - max(first, round.first), all = min(TILES, tiles - first);
+            uint32_t *arrived = a.onward.arrived + round.expert * ((m.rows + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS) + slab;
+            const bool last = own == all || atomicAdd(arrived, own) + own == all;
+            if (last && own != all) *arrived = 0;
+            flags[threadIdx.x] = last;
+        }
+        __syncthreads();
+        __threadfence();
+        for (unsigned i = warp; i < slabs * a.n_tokens; i += warps) {
+            const unsigned token = i % a.n_tokens, slab = i / a.n_tokens;
+            if (flags[slab] && takes(round, token)) quantize_onward(a.onward, row_of(m, round, token), token, first_slab + slab, m.rows, lane, plane_of(round, token));
         }
     }
 
-    __device__ __forceinline__ void run_all() {
-        for (Runs<K> runs(a, taken); runs.there();) {
-            const Run run = runs.now(a);
-            const bool complete = !GATED || runs.second;
-            Part *sums = parts + (runs.second ? RUN * warps * WARP : 0);
-            switch (a.matrices[run.which].type) {
-#define QUANTIZED(W, id) \
-    case id: multiply<Quantized<types::W>>(run, sums, types::W::INTEGER_SCALES ? a.x.per_256 : a.x.per_32); break;
-#define HALF(W, id) \
-    case id: multiply<HeldHalves<types::W, ALONE>>(run, sums, id == 1 ? a.x.halves : a.x.bfloats); break;
-                QUANTIZED_TYPES(QUANTIZED)
-                HALF_TYPES(HALF)
-#undef QUANTIZED
-#undef HALF
+    // After `wait_for_previous`.
+    __device__ __forceinline__ void run() {
+        find_scales();
+        bool loaded = false;
+        for (Rounds<K> rounds(a, taken); rounds.there();) {
+            const Round round = rounds.now(a);
+            for (unsigned i = threadIdx.x; i < (round.n * K::MATRICES + warps) * WARP; i += blockDim.x) parts[i] = {};
+            for (unsigned phase = 0; phase < n_phases; phase++) {
+                // Of one phase they stay for all rounds.
+                if (!loaded || n_phases > 1) load_inputs(phase), loaded = true;
+                __syncthreads();
+                multiply_phase(round, phase);
+                __syncthreads();
             }
-            runs.pass(run);
-            if (!complete) continue;
-            __syncthreads();
-            const Matrix &m = a.matrices[GATED ? 0 : run.which];
-            put(m, run);
-            if (a.onward.arrived) quantize_next(m, run);
-            // The next run's sums go where this one's were.
-            __syncthreads();
+            put(round);
+            if (a.onward.arrived) quantize_next(round);
+            rounds.unit += round.n;
+            // The next round's parts and flags go where this one's were.
+            if (rounds.there()) __syncthreads();
         }
     }
 };

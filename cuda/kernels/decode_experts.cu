@@ -81,7 +81,9 @@ template <bool GATED, bool ALONE> __device__ __forceinline__ void decode_experts
     let_next_begin();
     wait_for_previous();
     Taken &taken = *(Taken *)memory;
-    uint8_t *rest = memory + sizeof(Taken);
+    // [matrix][taken]
+    const uint8_t **experts = (const uint8_t **)(&taken + 1);
+    uint8_t *rest = (uint8_t *)(experts + 2 * MOST_TAKEN);
     const auto words = (uint32_t *)&taken, all = (uint32_t *)a.taken;
     if (GATED) {
         take_experts(a, (float *)rest, taken);
@@ -90,13 +92,15 @@ template <bool GATED, bool ALONE> __device__ __forceinline__ void decode_experts
         for (unsigned i = threadIdx.x; i < sizeof(Taken) / 4; i += blockDim.x) words[i] = __ldcg(all + i);
         __syncthreads();
     }
-    Kernel decode(a.decode, rest, &taken);
+    for (unsigned i = threadIdx.x; i < a.decode.n_matrices * taken.n; i += blockDim.x)
+        experts[i] = a.decode.matrices[i / taken.n].by_expert[taken.experts[i % taken.n]];
+    __syncthreads();
+    Kernel decode(a.decode, rest, &taken, experts);
     decode.begin();
-    decode.find_scales();
-    decode.run_all();
+    decode.run();
 }
 
-KERNEL_BESIDE(256, 1, decode_experts_gated, DecodeExpertsArgs) { decode_experts<true, false>(a); }
-KERNEL_BESIDE(384, 1, decode_experts, DecodeExpertsArgs) { decode_experts<false, false>(a); }
-KERNEL_BESIDE(384, 1, decode_experts_gated_alone, DecodeExpertsArgs) { decode_experts<true, true>(a); }
-KERNEL_BESIDE(384, 1, decode_experts_alone, DecodeExpertsArgs) { decode_experts<false, true>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_experts_gated, DecodeExpertsArgs) { decode_experts<true, false>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_experts, DecodeExpertsArgs) { decode_experts<false, false>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_experts_gated_alone, DecodeExpertsArgs) { decode_experts<true, true>(a); }
+KERNEL_BESIDE(256, OVERLAPPING, decode_experts_alone, DecodeExpertsArgs) { decode_experts<false, true>(a); }

@@ -1,201 +1,132 @@
-// What a warp multiplies chunks of a slab with: its activations, in registers, for all row tiles of a run.
+// A chunk times a slab of a few tokens, of which both lie in shared memory. Columns of a product that are no token's
+// hold another's numbers: nothing reads what becomes of them.
 #pragma once
 #include "multiply.cuh"
 
-// Where a slab's activations lie, block by block as `Block` says, and what they count for: of all tokens, ...
-template <class Block_> struct OfAll {
-    using Block = Block_;
-    const Block *x;
-    const float *units; // [token], of halves
-    unsigned n_tokens;
-    // Null: there is no such token.
-    __device__ __forceinline__ const Block *of(unsigned token) const { return token < n_tokens ? x : nullptr; }
-    __device__ __forceinline__ float unit(unsigned token) const { return __ldcg(units + token); }
-    __device__ __forceinline__ float share(unsigned) const { return 1; }
-};
-
-// ... or of those that take an expert, each in the plane of its choice and with what it gives for it.
-template <class Block_> struct OfExpert {
-    using Block = Block_;
-    const Block *x; // in plane 0
-    const float *units;
-    const uint32_t *planes; // [token], NOBODY where it does not take the expert
-    const float *shares;    // [token]
-    unsigned n_slabs, n_tokens;
-    __device__ __forceinline__ const Block *of(unsigned token) const {
-        return token < n_tokens && planes[token] != NOBODY ? x + size_t(planes[token]) * n_slabs : nullptr;
-    }
-    __device__ __forceinline__ float unit(unsigned token) const { return __ldcg(units + size_t(planes[token]) * n_slabs * FEW + token); }
-    __device__ __forceinline__ float share(unsigned token) const { return shares[token]; }
-};
-
-// Of 8 tokens, as `InMemory`, but in registers; zeros in the place of tokens that are not there.
-template <class W> struct Held {
-    uint4 quants[STEPS];
-    float2 scales[W::INTEGER_SCALES ? 1 : 8], offsets[!W::INTEGER_SCALES && W::HAS_MIN ? 8 : 1];
-    uint32_t all_sums;
-
-    template <class Source> __device__ __forceinline__ Held(const Source &source, unsigned lane) {
-        // Of the token whose quants this lane has, and of the two of its sums.
-        const unsigned first = lane % 4 * 2, second = first + 1;
-        const ActivationBlock *own = source.of(lane / 4), *x = source.of(first), *y = source.of(second);
-        UNROLL
-        for (unsigned s = 0; s < STEPS; s++) {
-            quants[s] = {0, 0, 0, 0};
-            if (own) quants[s] = __ldcg(&own->q[s][lane]);
-        }
-        UNROLL
-        for (unsigned i = 0; i < sizeof scales / sizeof scales[0]; i++) {
-            scales[i] = {0, 0};
-            if (x) scales[i].x = __ldcg(&x->d[i][first]) * source.share(first);
-            if (y) scales[i].y = __ldcg(&y->d[i][second]) * source.share(second);
-        }
-        if (!W::INTEGER_SCALES && W::HAS_MIN) {
-            UNROLL
-            for (unsigned i = 0; i < sizeof offsets / sizeof offsets[0]; i++) {
-                offsets[i] = {0, 0};
-                if (x) offsets[i].x = __ldcg(&x->offsets[i][first]) * source.share(first);
-                if (y) offsets[i].y = __ldcg(&y->offsets[i][second]) * source.share(second);
-            }
-        }
-        all_sums = 0;
-        if (W::INTEGER_SCALES && W::HAS_MIN && own) all_sums = __ldcg(&own->sums[lane]);
-    }
-    __device__ __forceinline__ uint4 q(unsigned, unsigned s, unsigned) const { return quants[s]; }
-    __device__ __forceinline__ float2 d(unsigned, unsigned of_32, unsigned) const { return scales[of_32]; }
-    __device__ __forceinline__ float2 offset(unsigned, unsigned of_32, unsigned) const { return offsets[of_32]; }
-    __device__ __forceinline__ uint32_t sums(unsigned, unsigned) const { return all_sums; }
-
-    // What this lane's registers of a product's sums become: rows g, g + 8 × tokens 2t, 2t + 1.
+// Of 8 tokens or fewer: lane (g, t) has rows g, g + 8 × tokens 2t, 2t + 1.
+template <class W> struct OfFew {
+    using Block = TokenBlock;
     static constexpr unsigned RESULTS = 4;
-    __device__ __forceinline__ void multiply(const uint8_t *chunk, unsigned lane, float (&results)[RESULTS]) const {
-        Sums<1> sums = {};
-        multiply_chunk<W, 1, FromShared>(chunk, *this, lane, sums);
+    const unsigned own, first, second; // tokens: of this lane's quants, of its sums
+
+    __device__ __forceinline__ OfFew(unsigned n_tokens, unsigned lane)
+        : own(min(lane / 4, n_tokens - 1)), first(min(lane % 4 * 2, n_tokens - 1)), second(min(lane % 4 * 2 + 1, n_tokens - 1)) {}
+
+    // As `InMemory`.
+    struct Inputs {
+        const TokenBlock &own, &first, &second;
+        __device__ __forceinline__ uint4 q(unsigned, unsigned s, unsigned lane) const { return own.q[s][lane % 4]; }
+        __device__ __forceinline__ float2 d(unsigned, unsigned of_32, unsigned) const { return {first.d[of_32], second.d[of_32]}; }
+        __device__ __forceinline__ float2 offset(unsigned, unsigned of_32, unsigned) const { return {first.offsets[of_32], second.offsets[of_32]}; }
+        __device__ __forceinline__ uint32_t sums(unsigned, unsigned lane) const { return own.sums[lane % 4]; }
+    };
+
+    __device__ __forceinline__ void multiply(const uint8_t *chunk, const TokenBlock *x, unsigned lane, float (&sums)[RESULTS]) const {
+        Sums<1> of_chunk = {};
+        multiply_chunk<W, 1, FromShared>(chunk, Inputs{x[own], x[first], x[second]}, lane, of_chunk);
         UNROLL
-        for (unsigned i = 0; i < RESULTS; i++) results[i] = sums[0][i];
+        for (unsigned i = 0; i < RESULTS; i++) sums[i] += of_chunk[0][i];
     }
 };
 
-// A slab's activations of the only token. Of a product's 8 columns one would be wanted: so column n is given sub-block n of
-// the slab and nothing else, and the sums of all sub-blocks, each by itself, are there after the last product. A lane then
-// has rows g, g + 8 × sub-blocks 2t, 2t + 1 (where they are of 16 columns: and those eight further on), which alone it
-// scales; the four lanes of a row are added up in the end.
-template <class W> struct HeldAlone {
-    static constexpr unsigned SETS = W::SUB == 16 ? 2 : 1;
-    uint4 quants[STEPS];
-    float scales[2], offsets[2]; // of 32s 2t, 2t + 1; with integer scales scales[0] is the slab's
-    int sums[2];                 // Σ q of them
+// Of the only token. Of a product's 8 columns one would be wanted: so column n is given sub-block n of the slab and zeros
+// otherwise, and the sums of all sub-blocks, each by itself, are there after the last product. A lane then has rows g,
+// g + 8 × sub-blocks 2t, 2t + 1 (where they are of 16 columns: and those eight further on), which alone it scales; the
+// four lanes of a row are added up in the end.
+template <class W> struct OfOne {
+    using Block = TokenBlock;
+    static constexpr unsigned RESULTS = 2, SETS = W::SUB == 16 ? 2 : 1;
+    uint32_t is_own[8]; // all bits of the sub-block that this lane's column is given
 
-    template <class Source> __device__ __forceinline__ HeldAlone(const Source &source, unsigned lane) {
-        const ActivationBlock &x = *source.of(0);
-        const unsigned g = lane / 4, t = lane % 4;
-        const auto *q = (const uint32_t *)x.q; // [step][lane of a token][word]
-        if (W::SUB == 16) {
-            const uint32_t near = __ldcg(q + (g / 4 * WARP + t) * 4 + g % 4), far = __ldcg(q + ((g / 4 + 2) * WARP + t) * 4 + g % 4);
-            UNROLL
-            for (unsigned s = 0; s < STEPS; s++) {
-                const uint32_t v = g / 4 == s % 2 ? s < 2 ? near : far : 0;
-                quants[s] = {g % 4 == 0 ? v : 0, g % 4 == 1 ? v : 0, g % 4 == 2 ? v : 0, g % 4 == 3 ? v : 0};
-            }
-        } else {
-            const uint2 v = __ldcg((const uint2 *)(q + (g / 2 * WARP + t) * 4 + g % 2 * 2));
-            UNROLL
-            for (unsigned s = 0; s < STEPS; s++) {
-                const bool first = g == 2 * s, second = g == 2 * s + 1;
-                quants[s] = {first ? v.x : 0, first ? v.y : 0, second ? v.x : 0, second ? v.y : 0};
-            }
-        }
+    __device__ __forceinline__ OfOne(unsigned, unsigned lane) {
         UNROLL
-        for (unsigned s = 0; s < STEPS; s++) keep(quants[s]);
-        if (W::INTEGER_SCALES) {
-            scales[0] = __ldcg(&x.d[0][0]) * source.share(0);
-            if (W::HAS_MIN) {
-                const uint32_t low = __ldcg(&x.sums[t / 2]) >> (t % 2 * 16), high = __ldcg(&x.sums[2 + t / 2]) >> (t % 2 * 16);
-                UNROLL
-                for (unsigned i = 0; i < 2; i++) sums[i] = int(byte(low, i)) + 128 * int(int8_t(byte(high, i)));
-            }
-        } else {
-            UNROLL
-            for (unsigned i = 0; i < 2; i++) {
-                scales[i] = __ldcg(&x.d[2 * t + i][0]) * source.share(0);
-                if (W::HAS_MIN) offsets[i] = __ldcg(&x.offsets[2 * t + i][0]) * source.share(0);
-            }
+        for (unsigned n = 0; n < 8; n++) {
+            is_own[n] = lane / 4 == n ? ~0u : 0;
+            keep(is_own[n]);
         }
     }
 
-    // Rows g, g + 8.
-    static constexpr unsigned RESULTS = 2;
-    __device__ __forceinline__ void multiply(const uint8_t *chunk, unsigned lane, float (&results)[RESULTS]) const {
+    __device__ __forceinline__ void multiply(const uint8_t *chunk, const TokenBlock *x, unsigned lane, float (&sums)[RESULTS]) const {
         const unsigned g = lane / 4, t = lane % 4;
+        const auto *q = (const uint32_t *)x->q; // [step][t][word]
         int c[SETS][4] = {};
-        UNROLL
-        for (unsigned s = 0; s < STEPS; s++) {
-            uint32_t a[8];
-            load_fragments<W, FromShared>(chunk, s, lane, a);
-            int(&of_set)[4] = c[s / 2 % SETS];
-            mma_k32<W>(of_set, a, quants[s].x, quants[s].y);
-            mma_k32<W>(of_set, a + 4, quants[s].z, quants[s].w);
-        }
-        UNROLL
-        for (unsigned half = 0; half < 2; half++) {
-            const uint4 row = load_scales<W>(chunk, g + 8 * half, 0);
-            if constexpr (!W::INTEGER_SCALES) {
-                const uint32_t d = pair(row, t);
-                float v = half_to_float(uint16_t(d)) * scales[0] * float(c[0][2 * half]) + half_to_float(uint16_t(d >> 16)) * scales[1] * float(c[0][2 * half + 1]);
-                v *= types::unshift<W>(half);
-                if (W::HAS_MIN) {
-                    const uint32_t m = pair(load_scales<W>(chunk, g + 8 * half, 1), t);
-                    v += half_to_float(uint16_t(m)) * offsets[0] + half_to_float(uint16_t(m >> 16)) * offsets[1];
-                }
-                results[half] = v;
-            } else if constexpr (W::SUB == 16) {
-                const uint32_t near = (t < 2 ? row.x : row.y) >> (t % 2 * 16), far = (t < 2 ? row.z : row.w) >> (t % 2 * 16);
-                const int total = int(int8_t(near)) * c[0][2 * half] + int(int8_t(near >> 8)) * c[0][2 * half + 1] + int(int8_t(far)) * c[1][2 * half] +
-                                  int(int8_t(far >> 8)) * c[1][2 * half + 1];
-                const float d = half_to_float(*(const uint16_t *)(chunk + W::LOW + W::HIGH + 256 + (g + 8 * half) * 2));
-                results[half] = d * types::unshift<W>(half) * scales[0] * float(total);
-            } else {
-                const KScales k(row);
-                const uint32_t s = (t < 2 ? k.scales[0] : k.scales[1]) >> (t % 2 * 16), m = (t < 2 ? k.mins[0] : k.mins[1]) >> (t % 2 * 16);
-                const int total = int(byte(s, 0)) * c[0][2 * half] + int(byte(s, 1)) * c[0][2 * half + 1], min = int(byte(m, 0)) * sums[0] + int(byte(m, 1)) * sums[1];
-                results[half] = scales[0] * (half_to_float(uint16_t(row.x)) * types::unshift<W>(half) * float(total) - half_to_float(uint16_t(row.x >> 16)) * float(min));
+        if constexpr (W::SUB == 16) {
+            const uint32_t near = q[g / 4 * 16 + t * 4 + g % 4], far = q[(g / 4 + 2) * 16 + t * 4 + g % 4];
+            UNROLL
+            for (unsigned s = 0; s < STEPS; s++) {
+                uint32_t a[8];
+                load_fragments<W, FromShared>(chunk, s, lane, a);
+                const uint32_t v = s < 2 ? near : far;
+                const uint32_t *mine = is_own + s % 2 * 4;
+                mma_k32<W>(c[s / 2], a, v & mine[0], v & mine[1]);
+                mma_k32<W>(c[s / 2], a + 4, v & mine[2], v & mine[3]);
+            }
+        } else {
+            const uint2 v = *(const uint2 *)(q + g / 2 * 16 + t * 4 + g % 2 * 2);
+            UNROLL
+            for (unsigned s = 0; s < STEPS; s++) {
+                uint32_t a[8];
+                load_fragments<W, FromShared>(chunk, s, lane, a);
+                mma_k32<W>(c[0], a, v.x & is_own[2 * s], v.y & is_own[2 * s]);
+                mma_k32<W>(c[0], a + 4, v.x & is_own[2 * s + 1], v.y & is_own[2 * s + 1]);
             }
         }
+        UNROLL
+        for (unsigned half = 0; half < 2; half++) sums[half] += scaled(chunk, *x, g + 8 * half, half, t, c);
     }
-    // The two halves of word t.
-    static __device__ __forceinline__ uint32_t pair(uint4 v, unsigned t) { return t < 2 ? (t == 0 ? v.x : v.y) : (t == 2 ? v.z : v.w); }
+
+    // What the sub-blocks of a row give that this lane has.
+    static __device__ __forceinline__ float scaled(const uint8_t *chunk, const TokenBlock &x, unsigned row, unsigned half, unsigned t, const int (&c)[SETS][4]) {
+        const uint8_t *scales = chunk + W::LOW + W::HIGH;
+        if constexpr (!W::INTEGER_SCALES) {
+            const uint32_t d = *(const uint32_t *)(scales + row * 16 + t * 4);
+            float v = half_to_float(uint16_t(d)) * x.d[2 * t] * float(c[0][2 * half]) + half_to_float(uint16_t(d >> 16)) * x.d[2 * t + 1] * float(c[0][2 * half + 1]);
+            v *= types::unshift<W>(half);
+            if (W::HAS_MIN) {
+                const uint32_t m = *(const uint32_t *)(scales + 256 + row * 16 + t * 4);
+                v += half_to_float(uint16_t(m)) * x.offsets[2 * t] + half_to_float(uint16_t(m >> 16)) * x.offsets[2 * t + 1];
+            }
+            return v;
+        } else if constexpr (W::SUB == 16) {
+            const uint32_t near = *(const uint16_t *)(scales + row * 16 + t * 2), far = *(const uint16_t *)(scales + row * 16 + 8 + t * 2);
+            const int total = int(int8_t(near)) * c[0][2 * half] + int(int8_t(near >> 8)) * c[0][2 * half + 1] + int(int8_t(far)) * c[1][2 * half] +
+                              int(int8_t(far >> 8)) * c[1][2 * half + 1];
+            return half_to_float(*(const uint16_t *)(scales + 256 + row * 2)) * types::unshift<W>(half) * x.d[0] * float(total);
+        } else {
+            const uint4 of_row = *(const uint4 *)(scales + row * 16);
+            const KScales k(of_row);
+            const uint32_t s = (t < 2 ? k.scales[0] : k.scales[1]) >> (t % 2 * 16), m = (t < 2 ? k.mins[0] : k.mins[1]) >> (t % 2 * 16);
+            const int total = int(byte(s, 0)) * c[0][2 * half] + int(byte(s, 1)) * c[0][2 * half + 1];
+            const int min = int(byte(m, 0)) * x.sums_of_32[2 * t] + int(byte(m, 1)) * x.sums_of_32[2 * t + 1];
+            return x.d[0] * (half_to_float(uint16_t(of_row.x)) * types::unshift<W>(half) * float(total) - half_to_float(uint16_t(of_row.x >> 16)) * float(min));
+        }
+    }
 };
 
-// A slab's activations as halves, and what a token's are counted in. A token alone has one of a product's columns, the
-// others being zeros: its rows are in the lanes t = 0.
-template <class W, bool ALONE> struct HeldHalves {
-    uint2 x[HALF_STEPS];
-    float2 units; // of the two tokens of this lane's sums
-
-    template <class Source> __device__ __forceinline__ HeldHalves(const Source &source, unsigned lane) {
-        const unsigned first = lane % 4 * 2, second = first + 1;
-        const HalfBlock *own = source.of(lane / 4);
-        UNROLL
-        for (unsigned s = 0; s < HALF_STEPS; s++) {
-            x[s] = {0, 0};
-            if (own) x[s] = {__ldcg(&own->x[s][0][lane]), __ldcg(&own->x[s][1][lane])};
-        }
-        units = {0, 0};
-        if (source.of(first)) units.x = source.unit(first) * source.share(first);
-        if (source.of(second)) units.y = source.unit(second) * source.share(second);
-    }
-
+// Weights and activations that are halves. Of a token alone the rows are in the lanes t = 0.
+template <class W, bool ALONE> struct OfHalves {
+    using Block = HalfTokenBlock;
     static constexpr unsigned RESULTS = ALONE ? 2 : 4;
-    __device__ __forceinline__ void multiply(const uint8_t *chunk, unsigned lane, float (&results)[RESULTS]) const {
+    const unsigned own, first, second;
+
+    __device__ __forceinline__ OfHalves(unsigned n_tokens, unsigned lane)
+        : own(min(lane / 4, n_tokens - 1)), first(min(lane % 4 * 2, n_tokens - 1)), second(min(lane % 4 * 2 + 1, n_tokens - 1)) {}
+
+    __device__ __forceinline__ void multiply(const uint8_t *chunk, const HalfTokenBlock *x, unsigned lane, float (&sums)[RESULTS]) const {
+        const unsigned t = lane % 4;
         float c[4] = {};
         UNROLL
         for (unsigned s = 0; s < HALF_STEPS; s++) {
             const uint4 v = FromShared::load(chunk + (s * WARP + lane) * 16);
             const uint32_t a[4] = {v.x, v.y, v.z, v.w};
-            W::mma(c, a, x[s]);
+            W::mma(c, a, *(const uint2 *)x[own].x[s][t]);
         }
-        UNROLL
-        for (unsigned i = 0; i < RESULTS; i++) results[i] = ALONE ? c[2 * i] * units.x : c[i] * (i % 2 ? units.y : units.x);
+        if (ALONE) {
+            UNROLL
+            for (unsigned half = 0; half < 2; half++) sums[half] += t == 0 ? c[2 * half] * x->unit : 0.0f;
+        } else {
+            UNROLL
+            for (unsigned i = 0; i < RESULTS; i++) sums[i] += c[i] * (i % 2 ? x[second].unit : x[first].unit);
+        }
     }
 };
-

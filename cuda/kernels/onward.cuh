@@ -10,12 +10,11 @@ struct Onward {
     const float *norm; // the weight, or null: no norm
     float *squares;    // [token][slab] Σ x², or null
     uint32_t *arrived; // [slab]: contributions so far; zeros between launches. Null: nothing follows
-    ActivationBlock *per_32, *per_256; // or null
-    HalfBlock *halves, *bfloats;       // or null
-    float *units;                      // [slab][FEW tokens]: what their values are counted in
+    TokenBlock *per_32, *per_256;      // [plane][slab][token], or null
+    HalfTokenBlock *halves, *bfloats;  // the same
     const float *router; // [expert][column], or null: no experts follow
     float *scores;       // [token][slab][expert]: a slab's part of what the router gives, the norm's scale left out
-    uint32_t n_experts;
+    uint32_t n_experts, n_tokens;
 };
 
 // True in the block with which `n` contributions have come here, of which it makes `own`; it then sees what the others
@@ -40,7 +39,7 @@ __device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned own, unsi
 // One warp: a slab of a token's row of `n_columns`, into blocks of `plane`.
 __device__ __forceinline__ void quantize_onward(const Onward &o, const float *row, unsigned token, unsigned slab, unsigned n_columns, unsigned lane, unsigned plane = 0) {
     const unsigned n_slabs = (n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
-    const size_t at = size_t(plane) * n_slabs + slab;
+    const size_t at = (size_t(plane) * n_slabs + slab) * o.n_tokens + token;
     float v[8], squares = 0;
     UNROLL
     for (unsigned i = 0; i < 8; i++) {
@@ -62,18 +61,8 @@ __device__ __forceinline__ void quantize_onward(const Onward &o, const float *ro
         score = warp_sum(score);
         if (lane == 0) o.scores[(token * n_slabs + slab) * o.n_experts + expert] = score;
     }
-    if (o.halves || o.bfloats) {
-        // Nothing says how large x · weight may be, but that it is a float: so a slab has a unit, a power of two.
-        float peak = 0;
-        for (unsigned i = 0; i < 8; i++) peak = fmaxf(peak, fabsf(v[i]));
-        peak = warp_max(peak);
-        const float unit = peak > 1e-30f ? __int_as_float(__float_as_int(peak) & 0x7f800000) : 1.0f;
-        if (lane == 0) o.units[at * FEW + token] = unit;
-        float counted[8];
-        for (unsigned i = 0; i < 8; i++) counted[i] = v[i] / unit;
-        if (o.halves) convert_block(counted, float_to_half, token, lane, o.halves[at]);
-        if (o.bfloats) convert_block(counted, float_to_bfloat, token, lane, o.bfloats[at]);
-    }
-    if (o.per_32) quantize_block(v, 4, token, lane, false, o.per_32[at]);
-    if (o.per_256) quantize_block(v, 32, token, lane, true, o.per_256[at]);
+    if (o.halves) convert_token(v, float_to_half, lane, o.halves[at]);
+    if (o.bfloats) convert_token(v, float_to_bfloat, lane, o.bfloats[at]);
+    if (o.per_32) quantize_token(v, 4, lane, false, o.per_32[at]);
+    if (o.per_256) quantize_token(v, 32, lane, true, o.per_256[at]);
 }

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+constexpr unsigned WARP = 32;
+
 #ifdef GRIST_HOST
 #include "host/device.h"
 #else
@@ -13,6 +15,12 @@
 #define KERNEL_OF(threads, name, Args) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
 // And so many blocks a multiprocessor at least.
 #define KERNEL_BESIDE(threads, blocks, name, Args) extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
+// A multiprocessor's shared memory has room for blocks of two launches that overlap (decode.rs).
+#if __CUDA_ARCH__ == 900
+#define OVERLAPPING 2
+#else
+#define OVERLAPPING 1
+#endif
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) PRAGMA(unroll n)
@@ -108,6 +116,15 @@ __device__ __forceinline__ void keep(uint4 &v) { keep(v.x), keep(v.y), keep(v.z)
 // Asks for the 128 bytes around an address, which need not exist, to come to L2.
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// Asks for `n` bytes that are there, a multiple of 16, to come to L2. Of a whole warp.
+__device__ __forceinline__ void prefetch_run(const uint8_t *at, unsigned n, unsigned lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(n) : "memory");
+#else
+    for (unsigned i = lane * 128; i < n; i += WARP * 128) prefetch(at + i);
+#endif
+}
+
 // Sixteen bytes that are read once: they need not push what is shared out of the caches.
 __device__ __forceinline__ uint4 load_once(const void *at) {
     uint4 v;
@@ -200,8 +217,6 @@ template <unsigned NT, bool BFLOATS> __device__ __forceinline__ void products_k1
 }
 
 #endif
-
-constexpr unsigned WARP = 32;
 
 __device__ __forceinline__ float warp_sum(float v) {
     for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(~0u, v, n);

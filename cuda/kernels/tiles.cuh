@@ -48,6 +48,28 @@ struct HalfBlock {
 };
 static_assert(sizeof(HalfBlock) == 4096, "quantize.rs counts it so");
 
+// The same of one token alone, for matmuls of few tokens, which keep them in shared memory (decode.cuh).
+struct TokenBlock {
+    uint4 q[STEPS][4]; // [step][t]
+    float d[8];
+    union {
+        float offsets[8];
+        struct {
+            uint32_t sums[4];        // the lanes' that have this token
+            int16_t sums_of_32[8];
+        };
+    };
+};
+static_assert(sizeof(TokenBlock) == 320, "quantize.rs counts it so");
+
+// A stride that brings four tokens' columns to other banks.
+struct HalfTokenBlock {
+    uint32_t x[HALF_STEPS][4][2]; // [step of 16 columns][t]
+    float unit;                   // what they are counted in
+    uint32_t padding[7];
+};
+static_assert(sizeof(HalfTokenBlock) == 544, "quantize.rs counts it so");
+
 // What products silu(x) · up are counted in, as halves: up to 4 million in steps of at most 2⁻¹⁸ or 2⁻¹² of themselves.
 constexpr float GATED_UNIT = 64;
 

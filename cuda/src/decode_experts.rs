@@ -1,23 +1,25 @@
 //! Launches `kernels/decode_experts.cu`: experts of a few tokens.
 
-use crate::decode::{Choice, DecodeArgs, FEW, Holds, Kernel, Kernels, MOST_CHOSEN, MOST_WARPS, Onward, Product, Then, prepare};
+use crate::decode::{Choice, DecodeArgs, FEW, Holds, Kernel, Kernels, MOST_CHOSEN, Onward, Product, Then, prepare};
 use crate::error::Result;
 use crate::experts::{ExpertJob, Router};
 use crate::{Address, Buffer, Device, Shape, Start};
 
+/// Experts that the few tokens take together.
+const MOST_TAKEN: usize = FEW * MOST_CHOSEN;
 /// Of `struct Taken`.
-const TAKEN_BYTES: usize = (4 * (1 + FEW * MOST_CHOSEN * (1 + 2 * FEW))).next_multiple_of(16);
+const TAKEN_BYTES: usize = (4 * (1 + MOST_TAKEN * (1 + 2 * FEW))).next_multiple_of(16);
 
-const fn kernel(name: &'static str, products: usize, part: usize, warps: usize) -> Kernel {
-    Kernel { name, products, part, warps, taken: TAKEN_BYTES }
+const fn kernel(name: &'static str, part: usize) -> Kernel {
+    // Beside `Taken`, where their chunks are, of two matrices.
+    Kernel { name, part, experts: TAKEN_BYTES + 2 * MOST_TAKEN * 8 }
 }
 
 const OF_EXPERTS: Kernels = [
-    kernel("decode_experts_alone", 1, 8, MOST_WARPS),
-    kernel("decode_experts", 1, 16, MOST_WARPS),
-    kernel("decode_experts_gated_alone", 2, 8, MOST_WARPS),
-    // Shared memory has room for one or two more, but so each has registers enough.
-    kernel("decode_experts_gated", 2, 16, 8),
+    kernel("decode_experts_alone", 8),
+    kernel("decode_experts", 16),
+    kernel("decode_experts_gated_alone", 8),
+    kernel("decode_experts_gated", 16),
 ];
 
 /// Which experts a step's tokens take: the first of two launches tells the second.
@@ -53,11 +55,11 @@ pub fn decode_experts_gated(
 ) -> Result<()> {
     let (Holds::Scored(choice), Holds::OfExperts(same)) = (x.holds, then.onward.holds) else { panic!("inputs of experts") };
     assert!(choice.is_few() && (choice.n_experts, choice.n_used) == (same.n_experts, same.n_used));
-    let n_tokens = x.blocks.n_tokens;
+    let n_tokens = x.filled.n_tokens;
     let jobs = [gate, up].map(|job| {
         // A row for each place in a token's choice.
         job.out.part(0, 4 * choice.n_used * n_tokens * job.weights.first().rows);
-        (job.matrix(&x.blocks, choice.n_experts, false), job.weights.first())
+        (job.matrix(&x.filled, choice.n_experts, false), job.weights.first())
     });
     let (name, shape, decode) = prepare(device, &OF_EXPERTS, &jobs, Product::Gated, x, router.eps, Some(then));
     launch_experts(device, name, shape, decode, taken, x.scores(), choice)
@@ -66,7 +68,7 @@ pub fn decode_experts_gated(
 /// What those experts make of it, each token's shares, is added to `out`.
 pub fn decode_experts(device: &Device, down: ExpertJob<'_>, x: &Onward, taken: &TakenExperts, then: Then<'_>) -> Result<()> {
     let Holds::OfExperts(choice) = x.holds else { panic!("inputs of experts") };
-    let matrix = down.matrix(&x.blocks, choice.n_experts, true);
+    let matrix = down.matrix(&x.filled, choice.n_experts, true);
     let job = (matrix, down.weights.first());
     let (name, shape, decode) = prepare(device, &OF_EXPERTS, &[job], Product::Each, x, 0.0, Some(then));
     launch_experts(device, name, shape, decode, taken, 0, choice)

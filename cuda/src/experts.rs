@@ -8,7 +8,7 @@
 use crate::error::Result;
 use crate::matmul::{BLOCKS, Job, Matrix, WARPS};
 use crate::pack::WeightMatrix;
-use crate::quantize::Inputs;
+use crate::quantize::Filled;
 use crate::{Address, Buffer, Device, Shape};
 
 /// Most experts that a token can take, each chosen by one thread.
@@ -52,7 +52,7 @@ pub struct ExpertJob<'a> {
 
 impl ExpertJob<'_> {
     /// Of as many experts; `add`: to what is in `out`.
-    pub(super) fn matrix(&self, x: &Inputs, n_experts: usize, add: bool) -> Matrix {
+    pub(super) fn matrix(&self, x: &Filled, n_experts: usize, add: bool) -> Matrix {
         let mut matrix = Job { weights: self.weights.first(), out: self.out, add }.matrix(x);
         matrix.by_expert = self.weights.table.part(0, 8 * n_experts);
         matrix

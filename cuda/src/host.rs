@@ -12,8 +12,13 @@ use std::sync::Mutex;
 pub struct Host {
     /// Threads and blocks run last to first.
     reversed: bool,
+    /// Bytes of shared memory that a block may have.
+    shared: u32,
     captured: Mutex<Captured>,
 }
+
+/// Of a GPU of compute capability 9.0.
+pub const SHARED: u32 = 227 << 10;
 
 struct Launch {
     kernel: &'static str,
@@ -30,8 +35,8 @@ struct Captured {
 }
 
 impl Host {
-    pub fn new(reversed: bool) -> Host {
-        Host { reversed, captured: Mutex::default() }
+    pub fn new(reversed: bool, shared: u32) -> Host {
+        Host { reversed, shared, captured: Mutex::default() }
     }
 
     fn captured(&self) -> std::sync::MutexGuard<'_, Captured> {
@@ -87,9 +92,9 @@ impl Gpu for Host {
         "host".into()
     }
 
-    /// Few multiprocessors, so that a block has much to do; else a GPU of compute capability 9.0.
+    /// Few multiprocessors, so that a block has much to do.
     fn limits(&self) -> Limits {
-        Limits { multiprocessors: 3, shared: 227 << 10, capability: (9, 0) }
+        Limits { multiprocessors: 3, shared: self.shared, capability: (9, 0) }
     }
 
     fn memory(&self) -> Result<(u64, u64)> {

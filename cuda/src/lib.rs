@@ -161,7 +161,13 @@ impl Device {
     /// This host in a GPU's place. `reversed`: threads run last to first.
     #[cfg(feature = "host")]
     pub fn host(cap: u64, reversed: bool) -> Device {
-        Device::new(Box::new(host::Host::new(reversed)), cap)
+        Device::new(Box::new(host::Host::new(reversed, host::SHARED)), cap)
+    }
+
+    /// The same with so many bytes of shared memory a block.
+    #[cfg(feature = "host")]
+    pub fn host_with_shared(shared: u32) -> Device {
+        Device::new(Box::new(host::Host::new(false, shared)), 0)
     }
 
     pub fn name(&self) -> String {

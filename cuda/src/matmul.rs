@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::experts::{ExpertJob, Routing};
 use crate::pack::{CHUNK_COLUMNS, TILE_ROWS, WeightMatrix};
-use crate::quantize::{FORMS, Form, Inputs};
+use crate::quantize::{FORMS, Filled, Form, Inputs};
 use crate::{Address, Buffer, Device, Shape};
 
 /// One matrix of a group that shares its inputs.
@@ -34,11 +34,11 @@ pub(super) struct Matrix {
 
 impl Job<'_> {
     /// With inputs of the weights' own form.
-    pub(super) fn matrix(&self, x: &Inputs) -> Matrix {
+    pub(super) fn matrix(&self, x: &Filled) -> Matrix {
         self.with(x, self.weights.form())
     }
 
-    fn with(&self, x: &Inputs, form: Form) -> Matrix {
+    fn with(&self, x: &Filled, form: Form) -> Matrix {
         let w = self.weights;
         assert!(w.columns == x.columns && x.holds(form), "inputs of {} columns in {form:?}", w.columns);
         Matrix {
@@ -144,27 +144,27 @@ pub(super) fn padded_tokens(n_tokens: usize) -> usize {
 
 /// out = weights · inputs for each job, at most three; inputs as [`form_of`] says.
 pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
-    assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens > 0);
+    assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.filled.n_tokens > 0);
     let mut matrices = [Matrix::default(); GROUP];
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        *m = job.with(x, form_of(device, job.weights, x.n_tokens));
+        *m = job.with(&x.filled, form_of(device, job.weights, x.filled.n_tokens));
     }
-    if is_wide(device, x.n_tokens) {
+    if is_wide(device, x.filled.n_tokens) {
         return launch_wide(device, matrices, jobs, x);
     }
-    launch(device, matrices, jobs.iter().map(|j| j.weights.rows), x, variant(x.n_tokens), 0)
+    launch(device, matrices, jobs.iter().map(|j| j.weights.rows), x, variant(x.filled.n_tokens), 0)
 }
 
 fn launch_wide(device: &Device, matrices: [Matrix; GROUP], jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
-    let tokens = wide_tokens(x.n_tokens);
+    let tokens = wide_tokens(x.filled.n_tokens);
     let name = if tokens == 128 { "matmul_wide_128" } else { "matmul_wide_256" };
     let args = WideArgs {
         matrices,
         halves: x.address(Form::F16),
         bfloats: x.address(Form::Bf16),
         n_matrices: jobs.len() as u32,
-        n_tokens: x.n_tokens as u32,
-        n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
+        n_tokens: x.filled.n_tokens as u32,
+        n_slabs: x.filled.columns.div_ceil(CHUNK_COLUMNS) as u32,
         unit: x.half_unit,
     };
     // Halves lie stage by stage, other weights chunk by chunk.
@@ -173,7 +173,8 @@ fn launch_wide(device: &Device, matrices: [Matrix; GROUP], jobs: &[Job<'_>], x: 
     };
     let shared = WIDE_STAGES * tokens / 8 * STAGE_OF_TOKENS + WARPS * jobs.iter().map(slots).max().unwrap_or(0);
     let blocks: usize = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS * WARPS)).sum();
-    let shape = Shape { grid: [blocks as u32, x.n_tokens.div_ceil(tokens) as u32, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
+    let shape =
+        Shape { grid: [blocks as u32, x.filled.n_tokens.div_ceil(tokens) as u32, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
     // SAFETY: WideArgs; weights and outputs were checked by `Job::with`, and `Inputs` has room for `padded_tokens`,
     // which is no less than what the grid's blocks read.
     unsafe { device.launch(name, shape, &args) }
@@ -181,10 +182,10 @@ fn launch_wide(device: &Device, matrices: [Matrix; GROUP], jobs: &[Job<'_>], x: 
 
 /// The products of each expert's matrices with the tokens that came to it, which `x` holds by slots.
 pub fn matmul_experts(device: &Device, jobs: &[ExpertJob<'_>], x: &Inputs, routing: &Routing) -> Result<()> {
-    assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.n_tokens == routing.n_slots());
+    assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.filled.n_tokens == routing.n_slots());
     let mut matrices = [Matrix::default(); GROUP];
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        *m = job.matrix(x, routing.n_experts(), false);
+        *m = job.matrix(&x.filled, routing.n_experts(), false);
     }
     launch(device, matrices, jobs.iter().map(|j| j.weights.first().rows), x, variant(routing.block_slots()), routing.experts())
 }
@@ -203,8 +204,8 @@ fn launch(
         matrices,
         forms: FORMS.map(|f| x.address(f)),
         n_matrices: n_matrices as u32,
-        n_tokens: x.n_tokens as u32,
-        n_slabs: x.columns.div_ceil(CHUNK_COLUMNS) as u32,
+        n_tokens: x.filled.n_tokens as u32,
+        n_slabs: x.filled.columns.div_ceil(CHUNK_COLUMNS) as u32,
         padding: 0,
         experts,
         half_unit: x.half_unit,
@@ -212,8 +213,11 @@ fn launch(
     };
     let tiles = rows.map(|r| r.div_ceil(TILE_ROWS));
     let blocks = if v.apart { tiles.map(|t| t.div_ceil(v.tiles)).sum() } else { tiles.sum::<usize>().div_ceil(v.tiles) };
-    let shape =
-        Shape { grid: [blocks as u32, x.n_tokens.div_ceil(v.tokens) as u32, 1], threads: 32 * WARPS as u32, shared: v.shared as u32 };
+    let shape = Shape {
+        grid: [blocks as u32, x.filled.n_tokens.div_ceil(v.tokens) as u32, 1],
+        threads: 32 * WARPS as u32,
+        shared: v.shared as u32,
+    };
     // SAFETY: MatmulArgs; weights and outputs were checked by `part`, and `Inputs` has room for
     // `padded_tokens`, which is what the grid's blocks read; experts' matrices are alike (`ExpertMatrices::new`),
     // and the grid has as many blocks of tokens as `Routing` has experts for.

@@ -57,13 +57,15 @@ impl Form {
 
     /// Bytes of 8 tokens × 256 columns: `struct ActivationBlock`, `struct HalfBlock`.
     fn block_bytes(self) -> usize {
-        match self {
-            Form::Q8Per32 | Form::Q8Per256 => 2560,
-            Form::F16 | Form::Bf16 => 4096,
-        }
+        if self.is_quantized() { 2560 } else { 4096 }
     }
 
-    fn index(self) -> usize {
+    /// Bytes of a token × 256 columns in a step of few tokens: `struct TokenBlock`, `struct HalfTokenBlock`.
+    pub(super) fn token_bytes(self) -> usize {
+        if self.is_quantized() { 320 } else { 544 }
+    }
+
+    pub(super) fn index(self) -> usize {
         FORMS.iter().position(|f| *f == self).unwrap_or(0)
     }
 }
@@ -83,15 +85,32 @@ pub enum OnTheWay<'a> {
     },
 }
 
+/// What lies in inputs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Filled {
+    pub n_tokens: usize,
+    pub columns: usize,
+    /// In the order of `FORMS`.
+    forms: [bool; 4],
+}
+
+impl Filled {
+    pub fn with(n_tokens: usize, columns: usize, forms: &[Form]) -> Filled {
+        Filled { n_tokens, columns, forms: FORMS.map(|f| forms.contains(&f)) }
+    }
+
+    pub fn holds(&self, form: Form) -> bool {
+        self.forms[form.index()]
+    }
+}
+
 /// Room for the inputs of a group of matmuls, and what it holds.
 pub struct Inputs {
-    /// In the order of `FORMS`, as `filled`.
+    /// In the order of `FORMS`.
     forms: [Option<Buffer>; 4],
-    filled: [bool; 4],
+    pub(super) filled: Filled,
     max_tokens: usize,
     max_columns: usize,
-    pub(super) n_tokens: usize,
-    pub(super) columns: usize,
     /// What halves and bfloats are counted in.
     pub(super) half_unit: f32,
 }
@@ -124,7 +143,7 @@ impl Inputs {
         for f in forms {
             buffers[f.index()] = Some(device.allocate("inputs", Inputs::bytes_for(&[*f], max_tokens, max_columns) as usize)?);
         }
-        Ok(Inputs { forms: buffers, filled: [false; 4], max_tokens, max_columns, n_tokens: 0, columns: 0, half_unit: 1.0 })
+        Ok(Inputs { forms: buffers, filled: Filled::default(), max_tokens, max_columns, half_unit: 1.0 })
     }
 
     /// The address of its blocks in a form; 0 if there are none.
@@ -132,16 +151,11 @@ impl Inputs {
         self.forms[form.index()].as_ref().map_or(0, Buffer::address)
     }
 
-    pub(super) fn holds(&self, form: Form) -> bool {
-        self.filled[form.index()]
-    }
-
     /// Says what a launch will leave here.
-    pub(super) fn hold(&mut self, n_tokens: usize, columns: usize, forms: &[Form]) {
+    fn hold(&mut self, n_tokens: usize, columns: usize, forms: &[Form]) {
         assert!(n_tokens > 0 && n_tokens <= self.max_tokens && columns > 0 && columns <= self.max_columns);
         assert!(forms.iter().all(|f| self.address(*f) != 0), "no room for {forms:?}");
-        (self.n_tokens, self.columns) = (n_tokens, columns);
-        self.filled = FORMS.map(|f| forms.contains(&f));
+        self.filled = Filled::with(n_tokens, columns, forms);
     }
 
     /// Takes `x`, rows of `columns` floats, from row `first` on `n_tokens` of them, in each of `forms`.
@@ -196,7 +210,7 @@ impl Inputs {
             rows,
             norm,
             up,
-            forms: FORMS.map(|f| if self.holds(f) { self.address(f) } else { 0 }),
+            forms: FORMS.map(|f| if self.filled.holds(f) { self.address(f) } else { 0 }),
             n_tokens: n_tokens as u32,
             n_columns: columns as u32,
             eps,

@@ -451,7 +451,7 @@ fn memory_is_accounted_for() {
 fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
     /// Registers of a multiprocessor, on every architecture that is built for.
     const REGISTERS: usize = 65_536;
-    /// Threads of a block, and blocks that must fit beside each other.
+    /// Threads of a block, and blocks that must fit beside each other (of launches that overlap, on compute capability 9.0).
     const BLOCKS: [(&str, usize, usize); 20] = [
         ("matmul_8", 256, 2),
         ("matmul_16", 256, 1),
@@ -460,25 +460,27 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
         ("attention_many_64", 128, 4),
         ("attention_step_64", 128, 4),
         ("attention_many_128", 128, 2),
-        ("attention_step_128", 128, 3),
-        ("decode_matmul", 384, 1),
-        ("decode_gated", 384, 1),
-        ("decode_matmul_alone", 384, 1),
-        ("decode_gated_alone", 384, 1),
-        ("decode_experts", 384, 1),
-        ("decode_experts_gated", 256, 1),
-        ("decode_experts_alone", 384, 1),
-        ("decode_experts_gated_alone", 384, 1),
+        ("attention_step_128", 128, 2),
+        ("decode_matmul", 256, 2),
+        ("decode_gated", 256, 2),
+        ("decode_matmul_alone", 256, 2),
+        ("decode_gated_alone", 256, 2),
+        ("decode_experts", 256, 2),
+        ("decode_experts_gated", 256, 2),
+        ("decode_experts_alone", 256, 2),
+        ("decode_experts_gated_alone", 256, 2),
         ("matmul_wide_128", 256, 1),
         ("matmul_wide_256", 256, 1),
         ("top", 256, 4),
         ("ceiling_read", 256, 4),
     ];
     let report = cuda::ptxas_report();
-    let (mut kernel, mut n, mut held) = ("", 0, 0);
+    let (mut kernel, mut architecture, mut n, mut held) = ("", "", 0, 0);
     for line in report.lines() {
         if let Some((_, name)) = line.split_once("Function properties for ") {
             kernel = name.trim();
+        } else if let Some((_, name)) = line.split_once("' for '") {
+            architecture = name.trim_end_matches('\'');
         } else if line.contains("bytes spill stores") {
             n += 1;
             assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{kernel}: {line}");
@@ -486,6 +488,7 @@ fn no_kernel_spills_and_enough_blocks_fit_a_multiprocessor() {
             let registers: usize = used.split(' ').next().and_then(|n| n.parse().ok()).expect("a number of registers");
             if let Some((_, threads, blocks)) = BLOCKS.iter().find(|b| b.0 == kernel) {
                 held += 1;
+                let blocks = if kernel.starts_with("decode") && architecture != "sm_90a" { 1 } else { *blocks };
                 // A warp's registers are given out by 256.
                 let block = (registers * 32).next_multiple_of(256) * threads / 32;
                 assert!(block * blocks <= REGISTERS, "{kernel}: {registers} registers, {blocks} blocks of {threads} do not fit");

@@ -30,16 +30,23 @@ fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType, split: S
 
 /// F16: activations as halves (2^-11) at each of some tens of matmuls, and in attention. Quantized: the same
 /// integers, but where a norm's or attention's rounding moves a value over the edge between two of them; one
-/// such is 0.9 % of the input's RMS, and 8 layers × 4 inputs in quadrature at most √32 · 0.9 % ≈ 5 %.
+/// such is 0.9 % of the input's RMS, and 8 layers × 4 inputs in quadrature at most √32 · 0.9 % ≈ 5 %. BF16: 2^-9 on
+/// either side, √2 · √32 · 2^-9 ≈ 1.6 %. Every type on a GPU, some of them on this host.
 #[test]
 fn logits_are_the_cpus() {
     let folder = Folder::new("gpu");
     let ids: Vec<u32> = (0..19u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
     let parts = [&ids[..17], &ids[17..18], &ids[18..]];
     let cases = [("F16", KvType::F16, 2e-3), ("Q4_K_M", KvType::F16, 0.05), ("Q8_0", KvType::Q8_0, 0.05), ("Q5_0", KvType::Q4_0, 0.05)];
-    for (kind, kv, tolerance) in cases {
+    let others = ["Q4_0", "Q4_1", "Q5_1", "Q5_K_M", "Q6_K"].map(|kind| (kind, KvType::F16, 0.05));
+    let on_gpus_alone = others.into_iter().chain([("BF16", KvType::F16, 1.6e-2)]).map(|case| (case, true));
+    for ((kind, kv, tolerance), gpu_alone) in cases.map(|case| (case, false)).into_iter().chain(on_gpus_alone) {
+        let found: Vec<Device> = devices(&[false]).into_iter().filter(|d| !gpu_alone || d.name() != "host").collect();
+        if found.is_empty() {
+            continue;
+        }
         let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
-        for device in devices(&[false]) {
+        for device in found {
             let error = relative_rms(&on_gpu(&model, &device, &parts, kv, Split::WHOLE), &on_cpu(&model, &parts, kv));
             println!("{kind} {}: {error:.6} on {}", kv.name(), device.name());
             assert!(error < tolerance, "{kind}: logits {error} apart");

@@ -200,6 +200,7 @@ inline void copy_async(void *to, const void *from) { grist_host::copy_async(to, 
 inline void commit_copies() { grist_host::commit_copies(); }
 template <int N> void wait_for_copies() { grist_host::wait_for_copies(N); }
 inline void prefetch(const void *) {}
+inline void prefetch_run(const uint8_t *, unsigned, unsigned) {}
 inline void keep(uint32_t &) {}
 inline void keep(uint4 &) {}
 inline void let_next_begin() {}

@@ -80,47 +80,51 @@ fn job<'a>(weights: &'a WeightMatrix, out: &'a Buffer) -> Job<'a> {
 }
 
 /// A chain as a layer has it: normed input, a product added to the stream, normed again, gated, and on.
+fn chain(device: &Device, block: &'static BlockType, form: Form, [hidden, ffn, tokens]: [usize; 3]) {
+    let round = |n: usize| n.next_multiple_of(block.block_len);
+    let (hidden, ffn, forms) = (round(hidden), round(ffn), [form]);
+    let shapes = [(hidden, hidden), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
+    let mut seed = 0;
+    let matrices @ [square, gate, up, down] = &shapes.map(|(rows, columns)| {
+        seed += 1;
+        Encoded::new(block, rows, columns, seed)
+    });
+    let [square_at, gate_at, up_at, down_at] = &matrices.each_ref().map(|m| m.upload(device));
+    let norms = [weights(hidden, 8, 0), weights(hidden, 9, 0)];
+    let norms_at = norms.each_ref().map(|n| device.upload_floats("norm", n).unwrap());
+    let x = weights(tokens * hidden, 7, 13);
+    let stream = device.upload_floats("x", &x).unwrap();
+    let [a, b] = [ffn, ffn].map(|w| device.allocate("out", 4 * tokens * w).unwrap());
+    let (mut read, mut next) = (onward(device, form, hidden, Holds::Rows), onward(device, form, hidden, Holds::Rows));
+    let mut inner = onward(device, form, ffn, Holds::Rows);
+    let hold = |what: &str, got: &[f32], want: &Truth| hold(&format!("{} {what} {tokens}", block.name), got, want, 6e-6);
+
+    decode_begin(device, &stream, tokens, hidden, Then::new(&mut read, Some(&norms_at[0]), &forms)).unwrap();
+    // The stream plus a product with its own norm.
+    let jobs = [Job { add: true, ..job(square_at, &stream) }];
+    let then = Then::new(&mut next, Some(&norms_at[1]), &forms);
+    decode_matmul(device, &jobs, Product::Each, &read, EPS, Some(then)).unwrap();
+    let want = added(&x, square.product(&x, Some(&norms[0])));
+    let x = stream.read_floats().unwrap();
+    hold("sum", &x, &want);
+    // Gated, with the second norm.
+    let jobs = [job(gate_at, &a), job(up_at, &b)];
+    decode_matmul(device, &jobs, Product::Gated, &next, EPS, Some(Then::new(&mut inner, None, &forms))).unwrap();
+    let want = gated(&gate.product(&x, Some(&norms[1])), &up.product(&x, Some(&norms[1])));
+    let of_gate = a.read_floats().unwrap();
+    hold("gated", &of_gate, &want);
+    // And what is made of that.
+    let out = device.allocate("out", 4 * tokens * hidden).unwrap();
+    decode_matmul(device, &[job(down_at, &out)], Product::Each, &inner, EPS, None).unwrap();
+    hold("down", &out.read_floats().unwrap(), &down.product(&of_gate, None));
+}
+
 #[test]
 fn a_step_quantizes_what_the_next_launch_takes() {
     for device in devices(&[false, true]) {
         for (block, form) in Form::types() {
-            for (hidden, ffn, tokens) in [(256, 256, 1), (768, 1280, 3), (544, 320, 8)] {
-                let round = |n: usize| n.next_multiple_of(block.block_len);
-                let (hidden, ffn, forms) = (round(hidden), round(ffn), [form]);
-                let shapes = [(hidden, hidden), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
-                let mut seed = 0;
-                let matrices @ [square, gate, up, down] = &shapes.map(|(rows, columns)| {
-                    seed += 1;
-                    Encoded::new(block, rows, columns, seed)
-                });
-                let [square_at, gate_at, up_at, down_at] = &matrices.each_ref().map(|m| m.upload(&device));
-                let norms = [weights(hidden, 8, 0), weights(hidden, 9, 0)];
-                let norms_at = norms.each_ref().map(|n| device.upload_floats("norm", n).unwrap());
-                let x = weights(tokens * hidden, 7, 13);
-                let stream = device.upload_floats("x", &x).unwrap();
-                let [a, b] = [ffn, ffn].map(|w| device.allocate("out", 4 * tokens * w).unwrap());
-                let (mut read, mut next) = (onward(&device, form, hidden, Holds::Rows), onward(&device, form, hidden, Holds::Rows));
-                let mut inner = onward(&device, form, ffn, Holds::Rows);
-                let hold = |what: &str, got: &[f32], want: &Truth| hold(&format!("{} {what} {tokens}", block.name), got, want, 6e-6);
-
-                decode_begin(&device, &stream, tokens, hidden, Then::new(&mut read, Some(&norms_at[0]), &forms)).unwrap();
-                // The stream plus a product with its own norm.
-                let jobs = [Job { add: true, ..job(square_at, &stream) }];
-                let then = Then::new(&mut next, Some(&norms_at[1]), &forms);
-                decode_matmul(&device, &jobs, Product::Each, &read, EPS, Some(then)).unwrap();
-                let want = added(&x, square.product(&x, Some(&norms[0])));
-                let x = stream.read_floats().unwrap();
-                hold("sum", &x, &want);
-                // Gated, with the second norm.
-                let jobs = [job(gate_at, &a), job(up_at, &b)];
-                decode_matmul(&device, &jobs, Product::Gated, &next, EPS, Some(Then::new(&mut inner, None, &forms))).unwrap();
-                let want = gated(&gate.product(&x, Some(&norms[1])), &up.product(&x, Some(&norms[1])));
-                let of_gate = a.read_floats().unwrap();
-                hold("gated", &of_gate, &want);
-                // And what is made of that.
-                let out = device.allocate("out", 4 * tokens * hidden).unwrap();
-                decode_matmul(&device, &[job(down_at, &out)], Product::Each, &inner, EPS, None).unwrap();
-                hold("down", &out.read_floats().unwrap(), &down.product(&of_gate, None));
+            for shape in [[256, 256, 1], [768, 1280, 3], [544, 320, 8]] {
+                chain(&device, block, form, shape);
             }
         }
     }
@@ -149,76 +153,90 @@ fn halves_of_a_step_overflow_no_sooner_than_floats() {
     }
 }
 
-/// Experts in two launches: those that the tokens take, as a router scores them, for tokens that spread and tokens that
-/// all take the same ones.
+/// Experts in two launches, as a router scores them; `alike`: all tokens take the same ones.
+fn experts(device: &Device, block: &'static BlockType, form: Form, [hidden, ffn, tokens, n_experts]: [usize; 4], alike: bool) {
+    let choice = Choice { n_experts, n_used: 3 };
+    let round = |n: usize| n.next_multiple_of(block.block_len);
+    let (hidden, ffn, forms) = (round(hidden), round(ffn), [form]);
+    let what = format!("{} of {tokens} tokens on {}", block.name, device.name());
+    let mut x = weights(tokens * hidden, 7 + tokens as u64, 11);
+    let mut rows = weights(choice.n_experts * hidden, 3, 0);
+    if alike {
+        x.iter_mut().for_each(|v| *v = v.abs() + 0.01);
+        rows.chunks_exact_mut(hidden).enumerate().for_each(|(e, row)| row.fill(0.02 / (1 + e % 5) as f32 + 1e-4 * e as f32));
+    }
+    let norm: Vec<f32> = weights(hidden, 8, 0).iter().map(|v| v.abs() + 0.1).collect();
+    let floats = |v: &[f32]| device.upload_floats("x", v).unwrap();
+    let (router, stream) = (Router { norm: floats(&norm), rows: floats(&rows), eps: EPS }, floats(&x));
+    let load = |rows, columns, seed| -> Vec<Encoded> {
+        (0..choice.n_experts as u64).map(|e| Encoded::new(block, rows, columns, seed + e)).collect()
+    };
+    let (gate, up, down) = (load(ffn, hidden, 100), load(ffn, hidden, 200), load(hidden, ffn, 300));
+    let upload = |of: &Vec<Encoded>| ExpertMatrices::new(device, of.iter().map(|m| m.upload(device)).collect()).unwrap();
+    let matrices = [&gate, &up, &down].map(upload);
+    let [a, b] = [0, 1].map(|_| device.allocate("out", 4 * choice.n_used * tokens * ffn).unwrap());
+    let mut read = onward(device, form, hidden, Holds::Scored(choice));
+    let mut inner = onward(device, form, hidden.max(ffn), Holds::OfExperts(choice));
+    let mut next = onward(device, form, hidden, Holds::Scored(choice));
+    let taken = TakenExperts::new(device).unwrap();
+    let chosen = routed(&x, &norm, &rows, choice.n_experts, choice.n_used);
+
+    // Twice: counters must be as they were.
+    for _ in 0..2 {
+        stream.write_floats(&x).unwrap();
+        let then = Then { router: Some(&router.rows), ..Then::new(&mut read, Some(&router.norm), &forms) };
+        decode_begin(device, &stream, tokens, hidden, then).unwrap();
+        let jobs = [ExpertJob { weights: &matrices[0], out: &a }, ExpertJob { weights: &matrices[1], out: &b }];
+        decode_experts_gated(device, jobs, &read, &taken, &router, Then::new(&mut inner, None, &forms)).unwrap();
+        let last = ExpertJob { weights: &matrices[2], out: &stream };
+        decode_experts(device, last, &inner, &taken, Then::new(&mut next, None, &forms)).unwrap();
+    }
+    let (of_gate, got) = (a.read_floats().unwrap(), stream.read_floats().unwrap());
+    for (t, chosen) in chosen.iter().enumerate() {
+        let own = &x[t * hidden..(t + 1) * hidden];
+        let mut sum: Truth = (vec![0.0; hidden], vec![0.0; hidden]);
+        for (k, (e, share)) in chosen.iter().enumerate() {
+            let at = (k * tokens + t) * ffn;
+            let want = gated(&gate[*e].product(own, Some(&norm)), &up[*e].product(own, Some(&norm)));
+            hold(&format!("{what}: gated {k}"), &of_gate[at..at + ffn], &want, 6e-6);
+            let of_expert = down[*e].product(&of_gate[at..at + ffn], None);
+            for i in 0..hidden {
+                sum.0[i] += share * of_expert.0[i];
+                sum.1[i] += share * of_expert.1[i];
+            }
+        }
+        // Shares are of float sums.
+        hold(&format!("{what}: token {t}"), &got[t * hidden..(t + 1) * hidden], &added(own, sum), 2e-5);
+    }
+    // What follows is of the new stream.
+    let out = device.allocate("out", 4 * tokens * ffn).unwrap();
+    decode_matmul(device, &[job(matrices[0].first(), &out)], Product::Each, &next, EPS, None).unwrap();
+    hold(&format!("{what}: next"), &out.read_floats().unwrap(), &gate[0].product(&got, None), 6e-6);
+}
+
 #[test]
 fn a_step_takes_its_experts() {
     for device in devices(&[false, true]) {
         for (block, form) in Form::types() {
             // More experts than a warp has lanes, and types with blocks of 32 and of 256.
-            let more = [(256, 256, 8, 37, false)].into_iter().filter(|_| [8, 12].contains(&block.id));
-            for (hidden, ffn, tokens, n_experts, alike) in
-                [(256, 544, 1, 5, false), (544, 320, 7, 6, false), (320, 256, 8, 5, true)].into_iter().chain(more)
-            {
-                let choice = Choice { n_experts, n_used: 3 };
-                let round = |n: usize| n.next_multiple_of(block.block_len);
-                let (hidden, ffn, forms) = (round(hidden), round(ffn), [form]);
-                let what = format!("{} of {tokens} tokens on {}", block.name, device.name());
-                let mut x = weights(tokens * hidden, 7 + tokens as u64, 11);
-                let mut rows = weights(choice.n_experts * hidden, 3, 0);
-                if alike {
-                    x.iter_mut().for_each(|v| *v = v.abs() + 0.01);
-                    rows.chunks_exact_mut(hidden).enumerate().for_each(|(e, row)| row.fill(0.02 / (1 + e % 5) as f32 + 1e-4 * e as f32));
-                }
-                let norm: Vec<f32> = weights(hidden, 8, 0).iter().map(|v| v.abs() + 0.1).collect();
-                let floats = |v: &[f32]| device.upload_floats("x", v).unwrap();
-                let (router, stream) = (Router { norm: floats(&norm), rows: floats(&rows), eps: EPS }, floats(&x));
-                let load = |rows, columns, seed| -> Vec<Encoded> {
-                    (0..choice.n_experts as u64).map(|e| Encoded::new(block, rows, columns, seed + e)).collect()
-                };
-                let (gate, up, down) = (load(ffn, hidden, 100), load(ffn, hidden, 200), load(hidden, ffn, 300));
-                let upload = |of: &Vec<Encoded>| ExpertMatrices::new(&device, of.iter().map(|m| m.upload(&device)).collect()).unwrap();
-                let matrices = [&gate, &up, &down].map(upload);
-                let [a, b] = [0, 1].map(|_| device.allocate("out", 4 * choice.n_used * tokens * ffn).unwrap());
-                let mut read = onward(&device, form, hidden, Holds::Scored(choice));
-                let mut inner = onward(&device, form, hidden.max(ffn), Holds::OfExperts(choice));
-                let mut next = onward(&device, form, hidden, Holds::Scored(choice));
-                let taken = TakenExperts::new(&device).unwrap();
-                let chosen = routed(&x, &norm, &rows, choice.n_experts, choice.n_used);
-
-                // Twice: counters must be as they were.
-                for _ in 0..2 {
-                    stream.write_floats(&x).unwrap();
-                    let then = Then { router: Some(&router.rows), ..Then::new(&mut read, Some(&router.norm), &forms) };
-                    decode_begin(&device, &stream, tokens, hidden, then).unwrap();
-                    let jobs = [ExpertJob { weights: &matrices[0], out: &a }, ExpertJob { weights: &matrices[1], out: &b }];
-                    decode_experts_gated(&device, jobs, &read, &taken, &router, Then::new(&mut inner, None, &forms)).unwrap();
-                    let last = ExpertJob { weights: &matrices[2], out: &stream };
-                    decode_experts(&device, last, &inner, &taken, Then::new(&mut next, None, &forms)).unwrap();
-                }
-                let (of_gate, got) = (a.read_floats().unwrap(), stream.read_floats().unwrap());
-                for (t, chosen) in chosen.iter().enumerate() {
-                    let own = &x[t * hidden..(t + 1) * hidden];
-                    let mut sum: Truth = (vec![0.0; hidden], vec![0.0; hidden]);
-                    for (k, (e, share)) in chosen.iter().enumerate() {
-                        let at = (k * tokens + t) * ffn;
-                        let want = gated(&gate[*e].product(own, Some(&norm)), &up[*e].product(own, Some(&norm)));
-                        hold(&format!("{what}: gated {k}"), &of_gate[at..at + ffn], &want, 6e-6);
-                        let of_expert = down[*e].product(&of_gate[at..at + ffn], None);
-                        for i in 0..hidden {
-                            sum.0[i] += share * of_expert.0[i];
-                            sum.1[i] += share * of_expert.1[i];
-                        }
-                    }
-                    // Shares are of float sums.
-                    hold(&format!("{what}: token {t}"), &got[t * hidden..(t + 1) * hidden], &added(own, sum), 2e-5);
-                }
-                // What follows is of the new stream.
-                let out = device.allocate("out", 4 * tokens * ffn).unwrap();
-                decode_matmul(&device, &[job(matrices[0].first(), &out)], Product::Each, &next, EPS, None).unwrap();
-                hold(&format!("{what}: next"), &out.read_floats().unwrap(), &gate[0].product(&got, None), 6e-6);
+            let more = [([256, 256, 8, 37], false)].into_iter().filter(|_| [8, 12].contains(&block.id));
+            let cases = [([256, 544, 1, 5], false), ([544, 320, 7, 6], false), ([320, 256, 8, 5], true)];
+            for (shape, alike) in cases.into_iter().chain(more) {
+                experts(&device, block, form, shape, alike);
             }
         }
+    }
+}
+
+/// Activations that shared memory has no room for come in phases, and rows that it has not, in rounds.
+#[cfg(feature = "cuda-host")]
+#[test]
+fn a_step_is_the_same_in_little_shared_memory() {
+    let device = Device::host_with_shared(60 << 10);
+    for (block, form) in Form::types().filter(|(block, _)| [1, 7, 12].contains(&block.id)) {
+        chain(&device, block, form, [2304, 320, 8]);
+        chain(&device, block, form, [256, 8192, 1]);
+        experts(&device, block, form, [320, 2304, 8, 4], false);
     }
 }
 
