@@ -390,7 +390,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     }
 
     if (a.n_splits > 1) {
-        if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, 1, a.n_splits, flag)) return;
+        if (!comes_last(args.arrived + kv_head * gridDim.x + blockIdx.x, a.n_splits, flag)) return;
         for (unsigned r = warp; r < n_queries; r += WARPS_OF_ATTENTION) merge_splits<D>(a, row_of_all(a, block_row + r, kv_head), all_rows, lane);
     }
 
@@ -400,7 +400,7 @@ template <unsigned D> __device__ __forceinline__ void attention_step(const StepA
     unsigned next = warp; // of (complete slab, token), this warp's
     for (unsigned slab = kv_head * width / CHUNK_COLUMNS; slab * CHUNK_COLUMNS < (kv_head + 1) * width; slab++) {
         const unsigned first = slab * CHUNK_COLUMNS / width, last = (min((slab + 1) * CHUNK_COLUMNS, columns) - 1) / width;
-        if (!comes_last(args.onward.arrived + slab, 1, (last - first + 1) * gridDim.x, flag)) continue;
+        if (!comes_last(args.onward.arrived + slab, (last - first + 1) * gridDim.x, flag)) continue;
         for (; next < args.all_tokens; next += WARPS_OF_ATTENTION) quantize_onward(args.onward, a.out + size_t(next) * columns, next, slab, columns, lane);
         next -= args.all_tokens;
     }

@@ -24,7 +24,7 @@ template <bool GATED, bool ALONE> __device__ __forceinline__ void decode(const D
     decode.run();
 }
 
-KERNEL_BESIDE(256, OVERLAPPING, decode_matmul, DecodeArgs) { decode<false, false>(a); }
-KERNEL_BESIDE(256, OVERLAPPING, decode_gated, DecodeArgs) { decode<true, false>(a); }
+KERNEL_BESIDE(256, 1, decode_matmul, DecodeArgs) { decode<false, false>(a); }
+KERNEL_BESIDE(256, 1, decode_gated, DecodeArgs) { decode<true, false>(a); }
 KERNEL_BESIDE(256, OVERLAPPING, decode_matmul_alone, DecodeArgs) { decode<false, true>(a); }
 KERNEL_BESIDE(256, OVERLAPPING, decode_gated_alone, DecodeArgs) { decode<true, true>(a); }

@@ -8,8 +8,9 @@
 //               of this phase or the next ones; what it has of a tile is a sum in registers, and then
 //               a part that waits for the other warps' in shared memory
 //
-// As weights depend on no launch, a block asks for its first ones, and for more to come to L2, before it waits for what
-// the launch before leaves (`wait_for_previous`). Nothing but the end of a phase makes a warp wait for others.
+// AHEAD chunks more of a tile are on their way to L2. As weights depend on no launch, a block asks for its first ones before
+// it waits for what the launch before leaves (`wait_for_previous`). Nothing but the end of a phase makes a warp wait for
+// others.
 //
 // Experts' first products are of each expert that some token takes, one after the other, with all tokens; of those that
 // take it the output goes to the plane of the expert's place in the token's choice (best first). Their last product is
@@ -29,8 +30,8 @@ struct DecodeArgs {
     uint32_t n_matrices, n_tokens, n_columns;
     float eps;
     uint32_t stage_bytes;  // room for a chunk of any of the matrices
-    uint32_t phase_slabs;  // of a phase
-    uint32_t padding[2];
+    uint32_t phases, phase_slabs; // of all slabs, or of an expert's; slabs of a phase
+    uint32_t padding;
 };
 
 constexpr unsigned STAGES = 3, ROUND = 32, AHEAD = 8;
@@ -89,14 +90,12 @@ template <class K> struct Rounds {
 
 // A warp's part of a phase: chunks in the order of tiles, as many of each as a phase has slabs (the last phase too).
 struct Share {
-    unsigned tile, slab, n;
+    unsigned begin, end;
 
-    __device__ __forceinline__ Share(unsigned tiles, unsigned slabs, unsigned warp, unsigned warps) {
-        const unsigned chunks = tiles * slabs, begin = chunks * warp / warps;
-        tile = begin / slabs, slab = begin - tile * slabs, n = chunks * (warp + 1) / warps - begin;
+    __device__ __forceinline__ Share(unsigned chunks, unsigned warp, unsigned warps) {
+        const unsigned each = chunks / warps, more = chunks - each * warps;
+        begin = warp * each + min(warp, more), end = begin + each + (warp < more);
     }
-    // The first or last warp that has a part of chunk `chunk`.
-    static __device__ __forceinline__ unsigned warp_of(unsigned chunk, unsigned chunks, unsigned warps) { return ((chunk + 1) * warps - 1) / chunks; }
 };
 
 // Chunks of one tile that lie after each other.
@@ -127,26 +126,21 @@ template <class K> struct Decode {
     struct {
         Rounds<K> rounds;
         Round round;
-        Share share;
-        unsigned phase, tile, slab, left; // of the share
-        const uint8_t *at;                // null: no more
-        unsigned n, bytes;                // of the piece; of a chunk
+        unsigned first_tile, first_slab, chunks; // of this warp's share
+        unsigned phase, tile, slab, left;        // of the share
+        const uint8_t *at;                       // null: no more
+        unsigned n, bytes;                       // of the piece; of a chunk
     } coming;
 
     __device__ __forceinline__ Decode(const DecodeArgs &a, uint8_t *memory, const Taken *taken, const uint8_t *const *experts)
         : a(a), n_slabs((a.n_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP), warps(blockDim.x / WARP),
-          n_phases((n_slabs + a.phase_slabs - 1) / a.phase_slabs * (K::ALL_EXPERTS ? taken->n : 1)), ring(memory + warp * STAGES * a.stage_bytes), stage(ring),
+          n_phases(a.phases * (K::ALL_EXPERTS ? taken->n : 1)), ring(memory + warp * STAGES * a.stage_bytes), stage(ring),
           parts((Part *)(memory + warps * STAGES * a.stage_bytes)), scales((float *)(parts + (ROUND + warps) * WARP)), flags((uint32_t *)(scales + FEW)),
-          x((uint8_t *)(flags + 4)), taken(taken), experts(experts), coming{Rounds<K>(a, taken), {}, Share(1, 1, 0, 1), 0, 0, 0, 0, nullptr, 0, 0} {
-        if (coming.rounds.there()) begin_round(), next_piece();
-    }
+          x((uint8_t *)(flags + 4)), taken(taken), experts(experts), coming{Rounds<K>(a, taken), {}, 0, 0, 0, n_phases, 0, 0, 0, nullptr, 0, 0} {}
 
     // Which expert's and slabs' a phase is.
-    __device__ __forceinline__ unsigned expert_of(unsigned phase) const { return K::ALL_EXPERTS ? phase / (n_phases / taken->n) : 0; }
-    __device__ __forceinline__ unsigned first_slab(unsigned phase) const {
-        if (K::ALL_EXPERTS) phase %= n_phases / taken->n;
-        return phase * a.phase_slabs;
-    }
+    __device__ __forceinline__ unsigned expert_of(unsigned phase) const { return K::ALL_EXPERTS ? phase / a.phases : 0; }
+    __device__ __forceinline__ unsigned first_slab(unsigned phase) const { return (K::ALL_EXPERTS ? phase % a.phases : phase) * a.phase_slabs; }
 
     // A warp's piece of `tile` of a round, from `slab` of a phase on.
     __device__ __forceinline__ Piece piece(const Round &round, unsigned phase, unsigned tile, unsigned slab, unsigned left) const {
@@ -162,57 +156,62 @@ template <class K> struct Decode {
         return p;
     }
 
-    __device__ __forceinline__ void begin_round() {
-        coming.round = coming.rounds.now(a);
-        coming.share = Share(coming.round.n * K::MATRICES, a.phase_slabs, warp, warps);
-        coming.phase = 0, begin_phase();
-    }
-    __device__ __forceinline__ void begin_phase() { coming.tile = coming.share.tile, coming.slab = coming.share.slab, coming.left = coming.share.n; }
-
+    // Once all of a piece is asked for: the next one, of this phase, a next one or a next round.
     __device__ __forceinline__ void next_piece() {
-        for (coming.n = 0; coming.n == 0;) {
-            while (coming.left == 0) {
-                if (++coming.phase < n_phases) {
-                    begin_phase();
-                    continue;
+        while (coming.n == 0) {
+            if (coming.left == 0) {
+                if (++coming.phase >= n_phases) {
+                    coming.rounds.unit += coming.round.n;
+                    if (!coming.rounds.there()) {
+                        coming.at = nullptr;
+                        return;
+                    }
+                    coming.phase = 0, coming.round = coming.rounds.now(a);
+                    const Share share = share_of(coming.round);
+                    coming.first_tile = share.begin / a.phase_slabs, coming.first_slab = share.begin - coming.first_tile * a.phase_slabs;
+                    coming.chunks = share.end - share.begin;
                 }
-                coming.rounds.unit += coming.round.n;
-                if (!coming.rounds.there()) {
-                    coming.at = nullptr;
-                    return;
-                }
-                begin_round();
+                coming.tile = coming.first_tile, coming.slab = coming.first_slab, coming.left = coming.chunks;
+                continue;
             }
             const Piece p = piece(coming.round, coming.phase, coming.tile, coming.slab, coming.left);
             coming.at = p.at, coming.n = p.n, coming.bytes = a.chunk_bytes[p.which];
             coming.left -= p.span, coming.tile++, coming.slab = 0;
+            if (p.n > 0) prefetch_run(p.at, min(p.n, AHEAD) * coming.bytes, lane);
         }
     }
-
-    // Of a chunk the copies of a warp that begin from byte FROM on, up to byte TO; those below SURE are of every chunk.
-    static constexpr unsigned AT_A_TIME = WARP * 16;
-    template <unsigned FROM, unsigned TO, unsigned SURE = 0> __device__ __forceinline__ void copy_part(uint8_t *to) {
-        UNROLL
-        for (unsigned i = (FROM + AT_A_TIME - 1) / AT_A_TIME * AT_A_TIME; i < TO; i += AT_A_TIME)
-            if (i + AT_A_TIME <= SURE || lane * 16 + i < coming.bytes) copy_async(to + lane * 16 + i, coming.at + lane * 16 + i);
+    // Before `n` more of the piece are fetched: as many come to L2, AHEAD of them.
+    __device__ __forceinline__ void look_ahead(unsigned n) {
+        if (coming.at && coming.n > AHEAD) prefetch_run(coming.at + AHEAD * coming.bytes, min(coming.n - AHEAD, n) * coming.bytes, lane);
     }
+    __device__ __forceinline__ Share share_of(const Round &round) const { return Share(round.n * K::MATRICES * a.phase_slabs, warp, warps); }
+
     // The next chunk of the piece; whoever asks sees to what comes after its last one.
     __device__ __forceinline__ void fetch(uint8_t *to) {
+        // Of every chunk a warp copies these at once; the rest in a loop, as code that is short is there sooner.
+        constexpr unsigned AT_A_TIME = WARP * 16, SURE = 4 * AT_A_TIME;
+        static_assert(SURE <= types::Q4_0::CHUNK && SURE <= types::Q4_K::CHUNK, "of every chunk");
         if (coming.at) {
-            copy_part<0, types::Q4_K::CHUNK, types::Q4_0::CHUNK>(to);
-            if (coming.bytes > types::Q4_K::CHUNK) copy_part<types::Q4_K::CHUNK, types::Q8_0::CHUNK>(to);
-            if (coming.bytes > types::Q8_0::CHUNK) copy_part<types::Q8_0::CHUNK, types::F16::CHUNK>(to);
+            UNROLL
+            for (unsigned i = 0; i < SURE; i += AT_A_TIME) copy_async(to + i + lane * 16, coming.at + i + lane * 16);
+            UNROLL_BY(1)
+            for (unsigned i = SURE + lane * 16; i < coming.bytes; i += AT_A_TIME) copy_async(to + i, coming.at + i);
             coming.at += coming.bytes;
         }
         commit_copies();
     }
     __device__ __forceinline__ void pass(unsigned fetched) {
-        if (coming.at && (coming.n -= fetched) == 0) next_piece();
+        if (coming.at) coming.n -= fetched;
     }
 
     __device__ __forceinline__ void begin() {
-        for (unsigned i = 0; i < STAGES; i++) fetch(ring + i * a.stage_bytes), pass(1);
-        if (coming.at) prefetch_run(coming.at, min(coming.n, AHEAD) * coming.bytes, lane);
+        UNROLL_BY(1)
+        for (unsigned i = 0; i < STAGES; i++) {
+            next_piece();
+            look_ahead(1);
+            fetch(ring + i * a.stage_bytes);
+            pass(1);
+        }
     }
 
     __device__ __forceinline__ void find_scales() {
@@ -222,26 +221,35 @@ template <class K> struct Decode {
         }
     }
 
-    // Activations of a phase to shared memory, by all threads.
+    // Activations of a phase to shared memory, by all threads; several loads at a time, as each waits for L2.
     template <class Block> __device__ __forceinline__ void load_form(unsigned form, unsigned phase) {
-        constexpr unsigned UNITS = sizeof(Block) / 16;
-        const unsigned first = first_slab(phase), n = min(a.phase_slabs, n_slabs - first) * a.n_tokens * UNITS;
-        const auto *from = (const uint4 *)a.x[form];
+        constexpr unsigned AT_A_TIME = K::EXPERTS ? 4 : 8;
+        const unsigned n = min(a.phase_slabs, n_slabs - first_slab(phase)) * a.n_tokens * (sizeof(Block) / 16);
         auto *to = (uint4 *)(x + a.x_at[form]);
-        if constexpr (!K::ALL_EXPERTS) {
-            from += size_t(first) * a.n_tokens * UNITS;
-            UNROLL_BY(4)
-            for (unsigned i = threadIdx.x; i < n; i += blockDim.x) to[i] = __ldcg(from + i);
-        } else {
-            const unsigned expert = expert_of(phase);
-            for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
-                const unsigned unit = i % UNITS, block = i / UNITS, token = block % a.n_tokens, slab = first + block / a.n_tokens, plane = taken->planes[expert][token];
-                uint4 v = {0, 0, 0, 0};
-                if (plane != NOBODY) v = __ldcg(from + ((size_t(plane) * n_slabs + slab) * a.n_tokens + token) * UNITS + unit);
-                if (is_scale(form, unit)) v = scaled(v, taken->shares[expert][token]);
-                to[i] = v;
+        for (unsigned from = threadIdx.x; from < n; from += AT_A_TIME * blockDim.x) {
+            uint4 v[AT_A_TIME];
+            UNROLL
+            for (unsigned k = 0; k < AT_A_TIME; k++) {
+                const unsigned i = from + k * blockDim.x;
+                if (i < n) v[k] = input<Block>(form, phase, i);
+            }
+            UNROLL
+            for (unsigned k = 0; k < AT_A_TIME; k++) {
+                const unsigned i = from + k * blockDim.x;
+                if (i < n) to[i] = v[k];
             }
         }
+    }
+    // 16 bytes of a phase's [slab][token]; of all experts, those of the plane in which a token has its own, scaled by its share.
+    template <class Block> __device__ __forceinline__ uint4 input(unsigned form, unsigned phase, unsigned i) const {
+        constexpr unsigned UNITS = sizeof(Block) / 16;
+        const auto *from = (const uint4 *)a.x[form];
+        if constexpr (!K::ALL_EXPERTS) return __ldcg(from + first_slab(phase) * a.n_tokens * UNITS + i);
+        const unsigned expert = expert_of(phase), unit = i % UNITS, block = i / UNITS, token = block % a.n_tokens;
+        const unsigned slab = first_slab(phase) + block / a.n_tokens, plane = taken->planes[expert][token];
+        if (plane == NOBODY) return {0, 0, 0, 0};
+        const uint4 v = __ldcg(from + ((size_t(plane) * n_slabs + slab) * a.n_tokens + token) * UNITS + unit);
+        return is_scale(form, unit) ? scaled(v, taken->shares[expert][token]) : v;
     }
     // Whether 16 bytes of a block are floats that a token's share goes into.
     static __device__ __forceinline__ bool is_scale(unsigned form, unsigned unit) {
@@ -249,8 +257,9 @@ template <class K> struct Decode {
         return unit == 32;
     }
     static __device__ __forceinline__ uint4 scaled(uint4 v, float share) {
-        const auto by = [&](uint32_t word) { return uint32_t(__float_as_int(__int_as_float(int(word)) * share)); };
-        return {by(v.x), by(v.y), by(v.z), by(v.w)};
+        uint32_t words[4] = {v.x, v.y, v.z, v.w};
+        for (uint32_t &w : words) w = uint32_t(__float_as_int(__int_as_float(int(w)) * share));
+        return {words[0], words[1], words[2], words[3]};
     }
     __device__ __forceinline__ void load_inputs(unsigned phase) {
         for (unsigned form = 0; form < 2; form++)
@@ -276,14 +285,16 @@ template <class K> struct Decode {
     }
 
     __device__ __forceinline__ void multiply_phase(const Round &round, unsigned phase) {
-        const Share share(round.n * K::MATRICES, a.phase_slabs, warp, warps);
-        unsigned tile = share.tile, slab = share.slab;
-        for (unsigned left = share.n; left > 0; tile++, slab = 0) {
+        const Share share = share_of(round);
+        unsigned tile = share.begin / a.phase_slabs, slab = share.begin - tile * a.phase_slabs;
+        for (unsigned left = share.end - share.begin; left > 0; tile++, slab = 0) {
             const Piece p = piece(round, phase, tile, slab, left);
             float sums[RESULTS] = {};
             // As far as both what is multiplied and what is asked for are of one piece.
-            for (unsigned done = 0, n; done < p.n; done += n) {
-                n = coming.at ? min(p.n - done, coming.n) : p.n - done;
+            for (unsigned done = 0, n; done < p.n; done += n, pass(n)) {
+                next_piece();
+                n = min(p.n - done, coming.at ? min(coming.n, AHEAD) : p.n);
+                look_ahead(n);
                 switch (a.matrices[p.which].type) {
 #define QUANTIZED(W, id) \
     case id: multiply<Quantized<types::W>>(p.slab + done, n, types::W::INTEGER_SCALES, sums); break;
@@ -294,7 +305,6 @@ template <class K> struct Decode {
 #undef QUANTIZED
 #undef HALF
                 }
-                pass(n);
             }
             left -= p.span;
             Part &part = parts[(tile + warp) * WARP + lane];
@@ -306,13 +316,17 @@ template <class K> struct Decode {
     // A tile's row times a token. The warps' parts add up in order: the same sums each time. (A tile and a warp that has
     // part of it add up to a number that no other two do, as warps have tiles in order.)
     __device__ __forceinline__ float product(const Round &round, unsigned tile, unsigned row, unsigned token) const {
-        const unsigned chunks = round.n * K::MATRICES * a.phase_slabs, first = tile * a.phase_slabs;
-        const unsigned last = Share::warp_of(first + a.phase_slabs - 1, chunks, warps);
+        const unsigned chunks = round.n * K::MATRICES * a.phase_slabs, begin = tile * a.phase_slabs, end = begin + a.phase_slabs;
+        const unsigned each = chunks / warps, more = chunks - each * warps;
+        const Part *part = parts + tile * WARP + row % 8 * 4 + (ALONE ? 0 : token / 2);
         float v = 0;
-        for (unsigned w = Share::warp_of(first, chunks, warps); w <= last; w++) {
-            const Part *part = parts + (tile + w) * WARP + row % 8 * 4 + (ALONE ? 0 : token / 2);
-            if (!ALONE) v += part->v[row / 8 * 2 + token % 2];
-            else v += (part[0].v[row / 8] + part[1].v[row / 8]) + (part[2].v[row / 8] + part[3].v[row / 8]);
+        for (unsigned w = 0, first = 0; w < warps; w++, part += WARP) {
+            const unsigned own = each + (w < more), last = first + own;
+            if (own > 0 && first < end && last > begin) {
+                if (!ALONE) v += part->v[row / 8 * 2 + token % 2];
+                else v += (part[0].v[row / 8] + part[1].v[row / 8]) + (part[2].v[row / 8] + part[3].v[row / 8]);
+            }
+            first = last;
         }
         return v * scales[token];
     }
@@ -320,7 +334,7 @@ template <class K> struct Decode {
     __device__ __forceinline__ void put(const Round &round) {
         const unsigned tokens = ALONE ? 1 : a.n_tokens;
         for (unsigned i = threadIdx.x; i < round.n * TILE_ROWS * tokens; i += blockDim.x) {
-            const unsigned row = i % TILE_ROWS, tile = i / TILE_ROWS % round.n, token = ALONE ? 0 : i / TILE_ROWS / round.n;
+            const unsigned row = i % TILE_ROWS, token = ALONE ? 0 : i / TILE_ROWS / round.n, tile = i / TILE_ROWS - token * round.n;
             unsigned row_tile = round.first + tile, which = 0;
             while (!GATED && row_tile >= row_tiles(a.matrices[which])) row_tile -= row_tiles(a.matrices[which++]);
             const Matrix &m = a.matrices[which];
@@ -346,17 +360,15 @@ template <class K> struct Decode {
         static_assert(ROUND / TILES + 1 <= 4, "flags");
         const Matrix &m = a.matrices[0];
         const unsigned tiles = row_tiles(m), end = round.first + round.n, first_slab = round.first / TILES, slabs = (end - 1) / TILES + 1 - first_slab;
-        __threadfence();
         __syncthreads();
         if (threadIdx.x < slabs) {
             const unsigned slab = first_slab + threadIdx.x, first = slab * TILES, own = min(first + TILES, end) - max(first, round.first), all = min(TILES, tiles - first);
             uint32_t *arrived = a.onward.arrived + round.expert * ((m.rows + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS) + slab;
-            const bool last = own == all || atomicAdd(arrived, own) + own == all;
+            const bool last = own == all || arrive(arrived, own) + own == all;
             if (last && own != all) *arrived = 0;
             flags[threadIdx.x] = last;
         }
         __syncthreads();
-        __threadfence();
         for (unsigned i = warp; i < slabs * a.n_tokens; i += warps) {
             const unsigned token = i % a.n_tokens, slab = i / a.n_tokens;
             if (flags[slab] && takes(round, token)) quantize_onward(a.onward, row_of(m, round, token), token, first_slab + slab, m.rows, lane, plane_of(round, token));

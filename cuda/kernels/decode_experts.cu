@@ -100,7 +100,7 @@ template <bool GATED, bool ALONE> __device__ __forceinline__ void decode_experts
     decode.run();
 }
 
-KERNEL_BESIDE(256, OVERLAPPING, decode_experts_gated, DecodeExpertsArgs) { decode_experts<true, false>(a); }
-KERNEL_BESIDE(256, OVERLAPPING, decode_experts, DecodeExpertsArgs) { decode_experts<false, false>(a); }
+KERNEL_BESIDE(256, 1, decode_experts_gated, DecodeExpertsArgs) { decode_experts<true, false>(a); }
+KERNEL_BESIDE(256, 1, decode_experts, DecodeExpertsArgs) { decode_experts<false, false>(a); }
 KERNEL_BESIDE(256, OVERLAPPING, decode_experts_gated_alone, DecodeExpertsArgs) { decode_experts<true, true>(a); }
 KERNEL_BESIDE(256, OVERLAPPING, decode_experts_alone, DecodeExpertsArgs) { decode_experts<false, true>(a); }

@@ -17,23 +17,16 @@ struct Onward {
     uint32_t n_experts, n_tokens;
 };
 
-// True in the block with which `n` contributions have come here, of which it makes `own`; it then sees what the others
+// True in the block with which `n` contributions have come here, of which it makes one; it then sees what the others
 // wrote (past L1: `__ldcg`). Of the whole block; `flag` in shared memory.
-__device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned own, unsigned n, uint32_t *flag) {
-    if (own == n) {
-        __syncthreads();
-        return true;
-    }
-    __threadfence();
+__device__ __forceinline__ bool comes_last(uint32_t *arrived, unsigned n, uint32_t *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        *flag = atomicAdd(arrived, own) + own == n;
+        *flag = arrive(arrived, 1) + 1 == n;
         if (*flag) *arrived = 0;
     }
     __syncthreads();
-    const bool last = *flag;
-    __threadfence();
-    return last;
+    return *flag;
 }
 
 // One warp: a slab of a token's row of `n_columns`, into blocks of `plane`.

@@ -15,7 +15,7 @@ constexpr unsigned WARP = 32;
 #define KERNEL_OF(threads, name, Args) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
 // And so many blocks a multiprocessor at least.
 #define KERNEL_BESIDE(threads, blocks, name, Args) extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
-// A multiprocessor's shared memory has room for blocks of two launches that overlap (decode.rs).
+// A multiprocessor's shared memory has room for blocks of two launches that overlap, of a token alone (decode.rs).
 #if __CUDA_ARCH__ == 900
 #define OVERLAPPING 2
 #else
@@ -107,6 +107,14 @@ __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Adds to a counter that blocks share, and gives what it was. What this block's threads wrote before a barrier that this
+// follows is seen by whoever finds it counted, and after a barrier by its block, past L1.
+__device__ __forceinline__ uint32_t arrive(uint32_t *counter, uint32_t own) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(own) : "memory");
+    return before;
 }
 
 // Keeps a value in its register: the compiler would make it anew wherever it is wanted.

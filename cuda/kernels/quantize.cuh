@@ -78,10 +78,10 @@ __device__ __forceinline__ void convert_token(const float (&x)[8], uint16_t (*co
     float peak = 0;
     for (unsigned i = 0; i < 8; i++) peak = fmaxf(peak, fabsf(x[i]));
     peak = warp_max(peak);
-    const float unit = peak > 1e-30f ? __int_as_float(__float_as_int(peak) & 0x7f800000) : 1.0f;
+    const float unit = peak > 1e-30f ? __int_as_float(__float_as_int(peak) & 0x7f800000) : 1.0f, inverse = 1.0f / unit;
     if (lane == 0) out.unit = unit;
     for (unsigned k = 0; k < 4; k++) {
         const unsigned column = 8 * lane + 2 * k;
-        out.x[column / 16][column % 16 / 4][column / 2 % 2] = uint32_t(convert(x[2 * k] / unit) | convert(x[2 * k + 1] / unit) << 16);
+        out.x[column / 16][column % 16 / 4][column / 2 % 2] = uint32_t(convert(x[2 * k] * inverse) | convert(x[2 * k + 1] * inverse) << 16);
     }
 }

@@ -219,8 +219,9 @@ pub(super) struct DecodeArgs {
     n_columns: u32,
     eps: f32,
     stage_bytes: u32,
+    phases: u32,
     phase_slabs: u32,
-    padding: [u32; 2],
+    padding: u32,
 }
 
 /// Chunks of a warp on their way, row tiles of a round, warps of a block at most (`decode.cuh`).
@@ -336,8 +337,9 @@ pub(super) fn prepare(
         n_columns: columns as u32,
         eps,
         stage_bytes: stage as u32,
+        phases: slabs.div_ceil(layout.phase_slabs) as u32,
         phase_slabs: layout.phase_slabs as u32,
-        padding: [0; 2],
+        padding: 0,
     };
     let blocks = limits.multiprocessors as usize;
     // Of how many experts each tile will be is not known here.

@@ -108,7 +108,6 @@ inline float as_bfloat(uint32_t r, unsigned j) {
 
 inline void __syncthreads() { grist_host::wait_for_block(); }
 inline void __syncwarp(unsigned = ~0u) { grist_host::wait_for_warp(); }
-inline void __threadfence() {}
 template <class T> T __shfl_sync(unsigned, T v, unsigned from) { return grist_host::exchange(v, from); }
 template <class T> T __shfl_xor_sync(unsigned, T v, unsigned mask) { return grist_host::exchange(v, grist_host::lane() ^ mask); }
 template <class T> T __shfl_down_sync(unsigned, T v, unsigned n) {
@@ -123,10 +122,10 @@ inline uint32_t __ballot_sync(unsigned, bool v) {
 }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 
-template <class T, class U> T atomicAdd(T *at, U v) {
-    T old = *at;
-    *at += v;
-    return old;
+inline uint32_t arrive(uint32_t *counter, uint32_t own) {
+    const uint32_t before = *counter;
+    *counter += own;
+    return before;
 }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
