@@ -24,15 +24,6 @@ __device__ __forceinline__ float unit(const MatmulArgs &a, unsigned type) {
     return 1.0f;
 }
 
-// False: this block of tokens is nobody's.
-__device__ __forceinline__ bool find_expert(const MatmulArgs &a, Matrix &m) {
-    if (!a.experts) return true;
-    const uint32_t expert = a.experts[blockIdx.y];
-    if (expert == NOBODY) return false;
-    m.chunks = m.by_expert[expert];
-    return true;
-}
-
 // grid: row tiles of all matrices / (8 / SPLIT) × tokens / (8·NT).
 template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(const MatmulArgs &a) {
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = warp % SPLIT;
@@ -40,7 +31,7 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void matmul(co
     while (which < a.n_matrices && tile >= row_tiles(a.matrices[which])) tile -= row_tiles(a.matrices[which++]);
     const bool real = which < a.n_matrices;
     Matrix m = a.matrices[real ? which : 0];
-    if (!find_expert(a, m)) return;
+    if (!find_expert(a.experts, m)) return;
 
     Sums<NT> sums = {};
     if (real) accumulate<NT, SPLIT>(m, a.x, tile, a.n_slabs, size_t(blockIdx.y) * NT * a.n_slabs, part, lane, sums);
@@ -99,7 +90,7 @@ KERNEL_OF(256, matmul_64, MatmulArgs) {
     unsigned group = blockIdx.x, which = 0;
     for (unsigned n; group >= (n = (row_tiles(a.matrices[which]) + WARPS - 1) / WARPS); which++) group -= n;
     Matrix m = a.matrices[which];
-    if (!find_expert(a, m)) return;
+    if (!find_expert(a.experts, m)) return;
     const unsigned tile = group * WARPS + warp, row_of_lane = tile * TILE_ROWS + lane / 4;
     const bool real = tile < row_tiles(m);
 

@@ -211,3 +211,12 @@ template <unsigned NT, unsigned SPLIT> __device__ __forceinline__ void accumulat
 }
 
 __device__ __forceinline__ unsigned row_tiles(const Matrix &m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+// `experts`: of each of the grid's blocks of tokens, or null. False: this one is nobody's.
+__device__ __forceinline__ bool find_expert(const uint32_t *experts, Matrix &m) {
+    if (!experts) return true;
+    const uint32_t expert = experts[blockIdx.y];
+    if (expert == NOBODY) return false;
+    m.chunks = m.by_expert[expert];
+    return true;
+}

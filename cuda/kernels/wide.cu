@@ -13,6 +13,7 @@ struct WideArgs {
     const HalfBlock *halves, *bfloats;
     uint32_t n_matrices, n_tokens, n_slabs;
     float unit; // what activations are counted in
+    const uint32_t *experts; // as `MatmulArgs`
 };
 
 constexpr unsigned WIDE_STAGES = 4, STAGE_OF_TOKENS = sizeof(HalfBlock) / STEPS, STAGE_OF_HALVES = types::Half::CHUNK / STEPS;
@@ -156,7 +157,8 @@ template <unsigned NT> __device__ __forceinline__ void matmul_wide(const WideArg
     const unsigned warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     unsigned group = blockIdx.x, which = 0;
     for (unsigned n; group >= (n = (row_tiles(a.matrices[which]) + WARPS - 1) / WARPS); which++) group -= n;
-    const Matrix &m = a.matrices[which];
+    Matrix m = a.matrices[which];
+    if (!find_expert(a.experts, m)) return;
     const unsigned tile = group * WARPS + warp, read = min(tile, row_tiles(m) - 1);
     const size_t first = size_t(blockIdx.y) * NT * a.n_slabs;
     float sums[NT][4] = {};

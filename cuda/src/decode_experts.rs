@@ -59,7 +59,7 @@ pub fn decode_experts_gated(
     let jobs = [gate, up].map(|job| {
         // A row for each place in a token's choice.
         job.out.part(0, 4 * choice.n_used * n_tokens * job.weights.first().rows);
-        (job.matrix(&x.filled, choice.n_experts, false), job.weights.first())
+        (job.matrix(&x.filled, job.weights.first().form(), choice.n_experts, false), job.weights.first())
     });
     let (name, shape, decode) = prepare(device, &OF_EXPERTS, &jobs, Product::Gated, x, router.eps, Some(then));
     launch_experts(device, name, shape, decode, taken, x.scores(), choice)
@@ -68,7 +68,7 @@ pub fn decode_experts_gated(
 /// What those experts make of it, each token's shares, is added to `out`.
 pub fn decode_experts(device: &Device, down: ExpertJob<'_>, x: &Onward, taken: &TakenExperts, then: Then<'_>) -> Result<()> {
     let Holds::OfExperts(choice) = x.holds else { panic!("inputs of experts") };
-    let matrix = down.matrix(&x.filled, choice.n_experts, true);
+    let matrix = down.matrix(&x.filled, down.weights.first().form(), choice.n_experts, true);
     let job = (matrix, down.weights.first());
     let (name, shape, decode) = prepare(device, &OF_EXPERTS, &[job], Product::Each, x, 0.0, Some(then));
     launch_experts(device, name, shape, decode, taken, 0, choice)

@@ -6,9 +6,9 @@
 //! expert; nothing of this comes to the host.
 
 use crate::error::Result;
-use crate::matmul::{BLOCKS, Job, Matrix, WARPS};
+use crate::matmul::{BLOCKS, Job, LARGEST_BLOCKS, Matrix, WARPS, WIDE_BLOCK, largest_block};
 use crate::pack::WeightMatrix;
-use crate::quantize::Filled;
+use crate::quantize::{Filled, Form};
 use crate::{Address, Buffer, Device, Shape};
 
 /// Most experts that a token can take, each chosen by one thread.
@@ -51,9 +51,9 @@ pub struct ExpertJob<'a> {
 }
 
 impl ExpertJob<'_> {
-    /// Of as many experts; `add`: to what is in `out`.
-    pub(super) fn matrix(&self, x: &Filled, n_experts: usize, add: bool) -> Matrix {
-        let mut matrix = Job { weights: self.weights.first(), out: self.out, add }.matrix(x);
+    /// Of as many experts, with inputs of a form; `add`: to what is in `out`.
+    pub(super) fn matrix(&self, x: &Filled, form: Form, n_experts: usize, add: bool) -> Matrix {
+        let mut matrix = Job { weights: self.weights.first(), out: self.out, add }.with(x, form);
         matrix.by_expert = self.weights.table.part(0, 8 * n_experts);
         matrix
     }
@@ -124,11 +124,12 @@ struct CombineArgs {
     n_used: u32,
 }
 
-/// Slots of a block, and blocks that so many tokens can come to need: as many experts as have any begin one.
-fn blocks(n_tokens: usize, n_experts: usize, n_used: usize) -> (usize, usize) {
+/// Slots of a block, `largest` at most, and blocks that so many tokens can come to need: as many experts as have any
+/// begin one.
+fn blocks(n_tokens: usize, n_experts: usize, n_used: usize, largest: usize) -> (usize, usize) {
     let pairs = n_tokens * n_used;
     let mean = pairs.div_ceil(n_experts);
-    let block = BLOCKS.into_iter().find(|b| mean <= *b).unwrap_or(BLOCKS[BLOCKS.len() - 1]);
+    let block = BLOCKS.into_iter().find(|b| mean <= *b).map_or(largest, |b| b.min(largest));
     let begun = n_experts.min(pairs);
     (block, begun + (pairs - begun) / block)
 }
@@ -139,13 +140,13 @@ impl Routing {
         (1..=MOST_USED).contains(&n_used) && (n_used..=MOST_EXPERTS).contains(&n_experts)
     }
 
-    /// Most slots that up to `max_tokens` come to need.
+    /// Most slots that up to `max_tokens` come to need on any GPU.
     pub fn most_slots(max_tokens: usize, n_experts: usize, n_used: usize) -> usize {
-        let slots = |n| {
-            let (block, n) = blocks(n, n_experts, n_used);
+        let slots = |(tokens, largest)| {
+            let (block, n) = blocks(tokens, n_experts, n_used, largest);
             block * n
         };
-        (1..=max_tokens).map(slots).max().unwrap_or(0)
+        (1..=max_tokens).flat_map(|n| LARGEST_BLOCKS.map(|largest| (n, largest))).map(slots).max().unwrap_or(0)
     }
 
     /// Bytes of its buffers.
@@ -190,6 +191,16 @@ impl Routing {
         self.block_slots
     }
 
+    /// Whether Hopper's own kernels multiply.
+    pub(super) fn is_wide(&self) -> bool {
+        self.block_slots == WIDE_BLOCK
+    }
+
+    /// What experts' weights are multiplied with, of the batch that was routed last.
+    pub fn form_of(&self, weights: &WeightMatrix) -> Form {
+        if self.is_wide() { weights.form().as_halves() } else { weights.form() }
+    }
+
     pub(super) fn tokens(&self) -> Address {
         self.tokens.part(0, 4 * self.n_slots())
     }
@@ -202,7 +213,7 @@ impl Routing {
     pub fn route(&mut self, device: &Device, router: &Router, x: &Buffer, n_tokens: usize, columns: usize) -> Result<()> {
         assert!((1..=self.max_tokens).contains(&n_tokens));
         self.n_tokens = n_tokens;
-        (self.block_slots, self.n_blocks) = blocks(n_tokens, self.n_experts, self.n_used);
+        (self.block_slots, self.n_blocks) = blocks(n_tokens, self.n_experts, self.n_used, largest_block(device));
         let pairs = n_tokens * self.n_used;
         let args = RouteArgs {
             x: x.part(0, 4 * n_tokens * columns),

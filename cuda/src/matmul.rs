@@ -38,7 +38,7 @@ impl Job<'_> {
         self.with(x, self.weights.form())
     }
 
-    fn with(&self, x: &Filled, form: Form) -> Matrix {
+    pub(super) fn with(&self, x: &Filled, form: Form) -> Matrix {
         let w = self.weights;
         assert!(w.columns == x.columns && x.holds(form), "inputs of {} columns in {form:?}", w.columns);
         Matrix {
@@ -77,6 +77,7 @@ struct WideArgs {
     n_tokens: u32,
     n_slabs: u32,
     unit: f32,
+    experts: Address,
 }
 
 /// A kernel by the tokens that a block multiplies with.
@@ -99,8 +100,16 @@ const STAGED: Variant = Variant { name: "matmul_64", tokens: 64, tiles: WARPS, a
 
 const VARIANTS: [Variant; 4] = [split("matmul_8", 8, 8), split("matmul_16", 16, 8), split("matmul_32", 32, 4), STAGED];
 
-/// Tokens that a block of some kernel multiplies with.
-pub(super) const BLOCKS: [usize; 4] = [8, 16, 32, 64];
+/// Tokens that a block of some kernel multiplies with; the last one only on Hopper.
+pub(super) const BLOCKS: [usize; 5] = [8, 16, 32, STAGED.tokens, WIDE_BLOCK];
+/// Of the smaller of Hopper's kernels.
+pub(super) const WIDE_BLOCK: usize = 128;
+/// The largest of [`BLOCKS`] that GPUs have.
+pub(super) const LARGEST_BLOCKS: [usize; 2] = [STAGED.tokens, WIDE_BLOCK];
+
+pub(super) fn largest_block(device: &Device) -> usize {
+    LARGEST_BLOCKS[usize::from(device.limits().capability == HOPPER)]
+}
 
 fn variant(n_tokens: usize) -> &'static Variant {
     VARIANTS.iter().find(|v| n_tokens <= v.tokens).unwrap_or(&VARIANTS[VARIANTS.len() - 1])
@@ -133,7 +142,7 @@ fn is_wide(device: &Device, n_tokens: usize) -> bool {
 
 /// Of the kernels for Hopper, tokens of a block.
 fn wide_tokens(n_tokens: usize) -> usize {
-    if n_tokens <= 128 { 128 } else { 256 }
+    if n_tokens <= WIDE_BLOCK { WIDE_BLOCK } else { 256 }
 }
 
 /// Tokens that a launch on any GPU reads the inputs of, of which the last ones may be nobody's.
@@ -150,44 +159,57 @@ pub fn matmul(device: &Device, jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
         *m = job.with(&x.filled, form_of(device, job.weights, x.filled.n_tokens));
     }
     if is_wide(device, x.filled.n_tokens) {
-        return launch_wide(device, matrices, jobs, x);
+        return launch_wide(device, matrices, jobs.iter().map(|j| j.weights), x, wide_tokens(x.filled.n_tokens), 0);
     }
     launch(device, matrices, jobs.iter().map(|j| j.weights.rows), x, variant(x.filled.n_tokens), 0)
 }
 
-fn launch_wide(device: &Device, matrices: [Matrix; GROUP], jobs: &[Job<'_>], x: &Inputs) -> Result<()> {
-    let tokens = wide_tokens(x.filled.n_tokens);
-    let name = if tokens == 128 { "matmul_wide_128" } else { "matmul_wide_256" };
+/// `tokens`: of a block; `experts` as of [`launch`].
+fn launch_wide<'a>(
+    device: &Device,
+    matrices: [Matrix; GROUP],
+    weights: impl ExactSizeIterator<Item = &'a WeightMatrix> + Clone,
+    x: &Inputs,
+    tokens: usize,
+    experts: Address,
+) -> Result<()> {
+    let name = if tokens == WIDE_BLOCK { "matmul_wide_128" } else { "matmul_wide_256" };
     let args = WideArgs {
         matrices,
         halves: x.address(Form::F16),
         bfloats: x.address(Form::Bf16),
-        n_matrices: jobs.len() as u32,
+        n_matrices: weights.len() as u32,
         n_tokens: x.filled.n_tokens as u32,
         n_slabs: x.filled.columns.div_ceil(CHUNK_COLUMNS) as u32,
         unit: x.half_unit,
+        experts,
     };
     // Halves lie stage by stage, other weights chunk by chunk.
-    let slots = |j: &Job<'_>| {
-        if j.weights.form().is_quantized() { 2 * WeightMatrix::chunk_bytes(j.weights.block) } else { WIDE_STAGES * STAGE_OF_HALVES }
+    let slots = |w: &WeightMatrix| {
+        if w.form().is_quantized() { 2 * WeightMatrix::chunk_bytes(w.block) } else { WIDE_STAGES * STAGE_OF_HALVES }
     };
-    let shared = WIDE_STAGES * tokens / 8 * STAGE_OF_TOKENS + WARPS * jobs.iter().map(slots).max().unwrap_or(0);
-    let blocks: usize = jobs.iter().map(|j| j.weights.rows.div_ceil(TILE_ROWS * WARPS)).sum();
-    let shape =
-        Shape { grid: [blocks as u32, x.filled.n_tokens.div_ceil(tokens) as u32, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
+    let shared = WIDE_STAGES * tokens / 8 * STAGE_OF_TOKENS + WARPS * weights.clone().map(slots).max().unwrap_or(0);
+    let blocks: usize = weights.map(|w| w.rows.div_ceil(TILE_ROWS * WARPS)).sum();
+    let of_tokens = x.filled.n_tokens.div_ceil(tokens) as u32;
+    let shape = Shape { grid: [blocks as u32, of_tokens, 1], threads: 32 * WARPS as u32, shared: shared as u32 };
     // SAFETY: WideArgs; weights and outputs were checked by `Job::with`, and `Inputs` has room for `padded_tokens`,
-    // which is no less than what the grid's blocks read.
+    // which is no less than what the grid's blocks read; experts as of `launch`.
     unsafe { device.launch(name, shape, &args) }
 }
 
-/// The products of each expert's matrices with the tokens that came to it, which `x` holds by slots.
+/// The products of each expert's matrices with the tokens that came to it, which `x` holds by slots; inputs as
+/// [`Routing::form_of`] says.
 pub fn matmul_experts(device: &Device, jobs: &[ExpertJob<'_>], x: &Inputs, routing: &Routing) -> Result<()> {
     assert!(!jobs.is_empty() && jobs.len() <= GROUP && x.filled.n_tokens == routing.n_slots());
     let mut matrices = [Matrix::default(); GROUP];
+    let weights = jobs.iter().map(|j| j.weights.first());
     for (m, job) in matrices.iter_mut().zip(jobs) {
-        *m = job.matrix(&x.filled, routing.n_experts(), false);
+        *m = job.matrix(&x.filled, routing.form_of(job.weights.first()), routing.n_experts(), false);
     }
-    launch(device, matrices, jobs.iter().map(|j| j.weights.first().rows), x, variant(routing.block_slots()), routing.experts())
+    if routing.is_wide() {
+        return launch_wide(device, matrices, weights, x, WIDE_BLOCK, routing.experts());
+    }
+    launch(device, matrices, weights.map(|w| w.rows), x, variant(routing.block_slots()), routing.experts())
 }
 
 /// `experts`: of each of the grid's blocks of tokens; 0: none.

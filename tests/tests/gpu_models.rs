@@ -11,18 +11,24 @@ use runtime::{CacheShape, Decoder, KvCache, KvType, Model, Sampler, SamplerOptio
 use tests::gpu::devices;
 use tests::{Folder, convert, demo, fixture, fixtures, relative_rms};
 
+/// Room for some more.
+fn context(parts: &[&[u32]]) -> usize {
+    parts.iter().map(|p| p.len()).sum::<usize>().max(128)
+}
+
 /// Logits of all tokens, given in these parts.
 fn on_cpu(model: &Model, parts: &[&[u32]], kv: KvType) -> Vec<f32> {
-    let mut cache = KvCache::new(model.hparams(), 128, kv).unwrap();
+    let mut cache = KvCache::new(model.hparams(), context(parts), kv).unwrap();
     let (mut decoder, pool) = (Decoder::new(model), Pool::new(2));
     parts.iter().flat_map(|p| decoder.forward(&pool, &mut cache, p, Want::From(0)).unwrap().to_vec()).collect()
 }
 
 fn on_gpu(model: &Model, device: &Device, parts: &[&[u32]], kv: KvType, split: Split) -> Vec<f32> {
-    let (mut decoder, pool) = (GpuDecoder::new(model, device, CacheShape::one(128, kv), split, &|_| ()).unwrap(), Pool::new(2));
+    let cache = CacheShape::one(context(parts), kv);
+    let (mut decoder, pool) = (GpuDecoder::new(model, device, cache, split, &|_| ()).unwrap(), Pool::new(2));
     // What was planned from the header is what was allocated, to the byte.
     let tensors: Vec<_> = model.file().tensors().map(|t| t.info.clone()).collect();
-    let planned = needs(model.hparams(), &tensors, CacheShape::one(128, kv), split).unwrap();
+    let planned = needs(model.hparams(), &tensors, cache, split).unwrap();
     assert_eq!(device.used(), planned.weights + planned.kv + planned.scratch);
     assert!(device.peak() <= planned.peak(), "{} is past {planned:?}", device.peak());
     parts.iter().flat_map(|p| decoder.forward(&pool, 0, p, Want::From(0)).unwrap().to_vec()).collect()
@@ -54,16 +60,23 @@ fn logits_are_the_cpus() {
     }
 }
 
-/// A prompt that Hopper's own kernels multiply.
+/// A prompt that Hopper's own kernels multiply, with experts too.
 #[test]
 fn a_long_prompt_has_the_cpus_logits() {
     let folder = Folder::new("gpu-long");
-    let ids: Vec<u32> = (0..100u32).map(|i| (i * 37 + i * i / 11) % 4096).collect();
-    for (kind, tolerance) in [("Q4_K_M", 0.05), ("F16", 2e-3)] {
-        let model = Model::open(&convert(&demo(), kind, &folder)).unwrap();
+    // Two experts of nearly the same score may change places: that may happen to a token of a hundred.
+    let cases = [(demo(), "Q4_K_M", 100, 0.05, 0), (demo(), "F16", 100, 2e-3, 0), (fixture("mixtral-8x"), "F16", 300, 5e-3, 3)];
+    for (source, kind, n, tolerance, others) in cases {
+        let model = Model::open(&convert(&source, kind, &folder)).unwrap();
+        let vocab = model.vocab();
+        let ids: Vec<u32> = (0..n as u32).map(|i| (i * 37 + i * i / 11) % vocab as u32).collect();
         let cpu = on_cpu(&model, &[&ids], KvType::F16);
         for device in devices(&[false]) {
-            let error = relative_rms(&on_gpu(&model, &device, &[&ids], KvType::F16, Split::WHOLE), &cpu);
+            let gpu = on_gpu(&model, &device, &[&ids], KvType::F16, Split::WHOLE);
+            let mut errors: Vec<_> = gpu.chunks(vocab).zip(cpu.chunks(vocab)).map(|(gpu, cpu)| relative_rms(gpu, cpu)).collect();
+            errors.sort_by(f64::total_cmp);
+            let kept = &errors[..n - others];
+            let error = f64::sqrt(kept.iter().map(|e| e * e).sum::<f64>() / kept.len() as f64);
             println!("{kind}: {error:.6} on {}", device.name());
             assert!(error < tolerance, "{kind}: logits {error} apart");
         }

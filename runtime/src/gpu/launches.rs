@@ -89,9 +89,10 @@ impl Launches<'_> {
         let job = |weights, out| ExpertJob { weights, out };
         routing.route(d, &e.router, &s.x, n, hidden)?;
         let norm = OnTheWay::Norm { weight: &e.router.norm, eps };
-        inputs.fill_routed(d, &s.x, routing, hidden, norm, &[e.gate.first().form(), e.up.first().form()])?;
+        let of_gated = [&e.gate, &e.up].map(|m| routing.form_of(m.first()));
+        inputs.fill_routed(d, &s.x, routing, hidden, norm, &of_gated)?;
         matmul_experts(d, &[job(&e.gate, &s.gate), job(&e.up, &s.up)], inputs, routing)?;
-        inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[e.down.first().form()])?;
+        inputs.fill_routed(d, &s.gate, routing, ffn, OnTheWay::SwiGlu { up: &s.up }, &[routing.form_of(e.down.first())])?;
         matmul_experts(d, &[job(&e.down, &s.gate)], inputs, routing)?;
         Ok(routing.combine(d, &s.gate, &s.x, hidden)?)
     }

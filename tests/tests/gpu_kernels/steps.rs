@@ -130,6 +130,30 @@ fn a_step_quantizes_what_the_next_launch_takes() {
     }
 }
 
+/// Matrices of one launch may take their inputs in several forms; a round's tiles are then of all of them.
+#[test]
+fn a_group_has_types_of_several_forms() {
+    let (hidden, group) = (768, [(&blocks::Q4_K, 40), (&blocks::Q8_0, 23), (&blocks::F16, 70)]);
+    let forms = [Form::Q8Per256, Form::Q8Per32, Form::F16];
+    for device in devices(&[false, true]) {
+        for tokens in [1, 5, 8] {
+            let matrices = group.map(|(block, rows)| Encoded::new(block, rows, hidden, rows as u64));
+            let uploaded = matrices.each_ref().map(|m| m.upload(&device));
+            let outs = matrices.each_ref().map(|m| device.allocate("out", 4 * tokens * m.rows).unwrap());
+            let (norm, x) = (weights(hidden, 8, 0), weights(tokens * hidden, 7, 13));
+            let (norm_at, x_at) = (device.upload_floats("norm", &norm).unwrap(), device.upload_floats("x", &x).unwrap());
+            let mut read = Onward::new(&device, &forms, hidden, Holds::Rows).unwrap();
+            decode_begin(&device, &x_at, tokens, hidden, Then::new(&mut read, Some(&norm_at), &forms)).unwrap();
+            let jobs: [Job<'_>; 3] = std::array::from_fn(|i| job(&uploaded[i], &outs[i]));
+            decode_matmul(&device, &jobs, Product::Each, &read, EPS, None).unwrap();
+            for (matrix, out) in matrices.iter().zip(&outs) {
+                let what = format!("{} of {tokens}", matrix.block.name);
+                hold(&what, &out.read_floats().unwrap(), &matrix.product(&x, Some(&norm)), 6e-6);
+            }
+        }
+    }
+}
+
 /// A residual stream may be larger than any half; its halves are counted in what fits it.
 #[test]
 fn halves_of_a_step_overflow_no_sooner_than_floats() {
