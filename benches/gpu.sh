@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proof and speed on a GPU, in two halves, as the machine with the GPU may have neither Rust nor nvcc:
 #
-#   benches/gpu.sh build   where both are: the tests and `grist`, stripped, into .gpu/ (NVCC names nvcc)
+#   benches/gpu.sh build   where both are: the tests and `grist`, stripped, into .gpu/bin.tar.xz (NVCC names nvcc)
 #   benches/gpu.sh run     where the GPU is, in this folder: kernel tests, the same under compute-sanitizer
 #                          where that is found, whole-model tests, then measurements, in about ten minutes
 #
@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=.gpu
+binaries=(grist gpu_kernels gpu_models)
 
 build() {
     mkdir -p "$here"
@@ -20,8 +21,7 @@ build() {
         name=$(basename "$binary")
         cp "$binary" "$here/${name%-*}"
     done
-    strip "$here"/*
-    du -ch "$here"/* | sed 's/^/  /'
+    (cd "$here" && strip "${binaries[@]}" && tar c "${binaries[@]}" | xz -T0 -2 > bin.tar.xz && du -h "${binaries[@]}" bin.tar.xz)
     # What the other machine's libc must have at least.
     objdump -T "$here"/grist | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1
 }
@@ -40,6 +40,7 @@ try() {
 }
 
 run() {
+    [ -x "$here/grist" ] || tar xf "$here/bin.tar.xz" -C "$here"
     # The tests look for fixtures here, wherever they were built.
     export GRIST_ROOT=$PWD RUST_BACKTRACE=0
     nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total,clocks.max.sm --format=csv,noheader || true
