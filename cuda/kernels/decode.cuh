@@ -18,6 +18,7 @@
 #pragma once
 #include "held.cuh"
 #include "onward.cuh"
+#include <cstddef>
 #include <type_traits>
 
 struct DecodeArgs {
@@ -142,17 +143,26 @@ template <class K> struct Decode {
     __device__ __forceinline__ unsigned expert_of(unsigned phase) const { return K::ALL_EXPERTS ? phase / a.phases : 0; }
     __device__ __forceinline__ unsigned first_slab(unsigned phase) const { return (K::ALL_EXPERTS ? phase % a.phases : phase) * a.phase_slabs; }
 
+    // Which matrix a round's tile is of, and which of its row tiles.
+    struct Place {
+        unsigned which, row_tile;
+    };
+    __device__ __forceinline__ Place place_of(const Round &round, unsigned tile) const {
+        Place at = {0, round.first + tile};
+        if (GATED && tile >= round.n) at = {1, at.row_tile - round.n};
+        while (!GATED && at.row_tile >= row_tiles(a.matrices[at.which])) at.row_tile -= row_tiles(a.matrices[at.which++]);
+        return at;
+    }
+
     // A warp's piece of `tile` of a round, from `slab` of a phase on.
     __device__ __forceinline__ Piece piece(const Round &round, unsigned phase, unsigned tile, unsigned slab, unsigned left) const {
         Piece p;
-        unsigned row_tile = round.first + tile;
-        p.which = 0;
-        if (GATED && tile >= round.n) p.which = 1, row_tile -= round.n;
-        while (!GATED && row_tile >= row_tiles(a.matrices[p.which])) row_tile -= row_tiles(a.matrices[p.which++]);
+        const Place at = place_of(round, tile);
         const unsigned first = first_slab(phase) + slab;
+        p.which = at.which;
         p.slab = slab, p.span = min(a.phase_slabs - slab, left), p.n = min(p.span, n_slabs > first ? n_slabs - first : 0);
         const uint8_t *chunks = K::EXPERTS ? experts[p.which * taken->n + (K::ALL_EXPERTS ? expert_of(phase) : round.expert)] : a.matrices[p.which].chunks;
-        p.at = chunks + (size_t(row_tile) * n_slabs + first) * a.chunk_bytes[p.which];
+        p.at = chunks + (size_t(at.row_tile) * n_slabs + first) * a.chunk_bytes[p.which];
         return p;
     }
 
@@ -253,8 +263,9 @@ template <class K> struct Decode {
     }
     // Whether 16 bytes of a block are floats that a token's share goes into.
     static __device__ __forceinline__ bool is_scale(unsigned form, unsigned unit) {
-        if (form < 2) return unit == 16 || unit == 17 || (form == 0 && unit > 17);
-        return unit == 32;
+        const unsigned at = unit * 16;
+        if (form < 2) return at >= offsetof(TokenBlock, d) && (form == 0 || at < offsetof(TokenBlock, offsets));
+        return at == offsetof(HalfTokenBlock, unit);
     }
     static __device__ __forceinline__ uint4 scaled(uint4 v, float share) {
         uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -317,16 +328,13 @@ template <class K> struct Decode {
     // part of it add up to a number that no other two do, as warps have tiles in order.)
     __device__ __forceinline__ float product(const Round &round, unsigned tile, unsigned row, unsigned token) const {
         const unsigned chunks = round.n * K::MATRICES * a.phase_slabs, begin = tile * a.phase_slabs, end = begin + a.phase_slabs;
-        const unsigned each = chunks / warps, more = chunks - each * warps;
         const Part *part = parts + tile * WARP + row % 8 * 4 + (ALONE ? 0 : token / 2);
         float v = 0;
-        for (unsigned w = 0, first = 0; w < warps; w++, part += WARP) {
-            const unsigned own = each + (w < more), last = first + own;
-            if (own > 0 && first < end && last > begin) {
-                if (!ALONE) v += part->v[row / 8 * 2 + token % 2];
-                else v += (part[0].v[row / 8] + part[1].v[row / 8]) + (part[2].v[row / 8] + part[3].v[row / 8]);
-            }
-            first = last;
+        for (unsigned w = 0; w < warps; w++, part += WARP) {
+            const Share share(chunks, w, warps);
+            if (max(share.begin, begin) >= min(share.end, end)) continue;
+            if (!ALONE) v += part->v[row / 8 * 2 + token % 2];
+            else v += (part[0].v[row / 8] + part[1].v[row / 8]) + (part[2].v[row / 8] + part[3].v[row / 8]);
         }
         return v * scales[token];
     }
@@ -335,10 +343,9 @@ template <class K> struct Decode {
         const unsigned tokens = ALONE ? 1 : a.n_tokens;
         for (unsigned i = threadIdx.x; i < round.n * TILE_ROWS * tokens; i += blockDim.x) {
             const unsigned row = i % TILE_ROWS, token = ALONE ? 0 : i / TILE_ROWS / round.n, tile = i / TILE_ROWS - token * round.n;
-            unsigned row_tile = round.first + tile, which = 0;
-            while (!GATED && row_tile >= row_tiles(a.matrices[which])) row_tile -= row_tiles(a.matrices[which++]);
-            const Matrix &m = a.matrices[which];
-            const unsigned r = row_tile * TILE_ROWS + row;
+            const Place at = place_of(round, tile);
+            const Matrix &m = a.matrices[at.which];
+            const unsigned r = at.row_tile * TILE_ROWS + row;
             if (r >= m.rows || !takes(round, token)) continue;
             float v = product(round, tile, row, token);
             if (GATED) v = v / (1.0f + expf(-v)) * product(round, round.n + tile, row, token);

@@ -232,7 +232,6 @@ const MOST_WARPS: usize = 8;
 const LEAST_SLABS: usize = 4;
 
 /// How a launch's blocks use shared memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Layout {
     warps: usize,
     /// Slabs of activations of a phase.
@@ -361,29 +360,28 @@ mod tests {
     use super::*;
     use gguf::blocks;
 
-    fn layout(most: usize, block: &'static gguf::BlockType, tokens: usize, columns: usize) -> (usize, usize) {
+    /// Warps, phases, and whether two are beside each other.
+    fn layout(most: usize, block: &'static gguf::BlockType, tokens: usize, columns: usize) -> (usize, usize, bool) {
         let (stage, slab) = (WeightMatrix::chunk_bytes(block), tokens * Form::of(block).unwrap().token_bytes());
         let kernel = &OF_ALL[usize::from(tokens > 1)];
         let slabs = columns / CHUNK_COLUMNS;
         let l = Layout::of(most, most >= 2 * LEAST_SHARED as usize, kernel, stage, slab, slabs);
         assert!(l.shared <= most && l.shared > l.phase_slabs * slab);
-        (l.warps, slabs.div_ceil(l.phase_slabs))
+        (l.warps, slabs.div_ceil(l.phase_slabs), 2 * (l.shared + 1024) <= most)
     }
 
-    /// Warps and phases where it matters: a 22B model's matrices, and more columns than any has.
+    /// Where it matters: a 22B model's matrices, and more columns than any has.
     #[test]
     fn warps_come_before_slabs() {
         let (hopper, ada) = (227 << 10, 99 << 10);
         for (block, columns) in [(&blocks::Q4_K, 6144), (&blocks::Q6_K, 16384), (&blocks::Q8_0, 6144)] {
-            assert_eq!(layout(hopper, block, 1, columns), (8, 1));
+            assert_eq!(layout(hopper, block, 1, columns), (8, 1, block.id != blocks::Q8_0.id));
         }
-        // Two of these are beside each other.
-        assert!(8 * STAGES * 3360 + (ROUND + 8) * 32 * 8 + FEW * 4 + 16 + 64 * 320 <= hopper / 2 - 1024);
-        assert_eq!(layout(hopper, &blocks::Q4_K, 8, 6144), (8, 1));
-        assert_eq!(layout(hopper, &blocks::Q6_K, 8, 16384), (8, 2));
-        assert_eq!(layout(ada, &blocks::Q4_K, 1, 28672), (7, 1));
-        assert_eq!(layout(ada, &blocks::Q4_K, 8, 6144), (8, 3));
-        assert_eq!(layout(ada, &blocks::F16, 8, 6144), (2, 4));
+        assert_eq!(layout(hopper, &blocks::Q4_K, 8, 6144), (8, 1, false));
+        assert_eq!(layout(hopper, &blocks::Q6_K, 8, 16384), (8, 2, false));
+        assert_eq!(layout(ada, &blocks::Q4_K, 1, 28672), (7, 1, false));
+        assert_eq!(layout(ada, &blocks::Q4_K, 8, 6144), (8, 3, false));
+        assert_eq!(layout(ada, &blocks::F16, 8, 6144), (2, 4, false));
         // The tests' own (`gpu_kernels/steps.rs`).
         assert!(layout(60 << 10, &blocks::Q4_K, 8, 2304).1 > 1 && layout(60 << 10, &blocks::F16, 8, 2304).1 > 1);
     }
